@@ -1,0 +1,29 @@
+//! CPU attention kernels on plain slices.
+//!
+//! This crate knows nothing of tensors, models or published systems: it takes strided
+//! views ([`View`], [`ViewMut`]), tables of what to visit ([`BlockTable`], [`KeyLists`]) and
+//! returns the [`Work`] it did. The instruction set is chosen at run time ([`Isa`]).
+//! Accumulators and statistics are f32 whatever the storage type; each kernel has a slow
+//! `f64` twin in [`twin`] that documents it and judges it in tests.
+
+#![warn(missing_docs)]
+
+pub mod attend;
+pub mod decode;
+pub mod error;
+pub mod indexed;
+pub mod isa;
+pub mod merge;
+pub mod table;
+pub mod twin;
+pub mod view;
+pub mod work;
+
+pub use attend::Attend;
+pub use error::{KernelError, Result};
+pub use indexed::attend_indexed;
+pub use isa::Isa;
+pub use merge::merge_row;
+pub use table::{BlockTable, HeadKeys, HeadTable, KeyLists};
+pub use view::{Element, View, ViewMut};
+pub use work::Work;

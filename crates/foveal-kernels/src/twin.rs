@@ -1,0 +1,54 @@
+//! Slow `f64` twins: each kernel in a few lines, as its documentation and its judge.
+
+/// What a twin of attention may mask: `visible(b, h, query, key)`.
+pub type Visible<'a> = &'a dyn Fn(usize, usize, usize, usize) -> bool;
+
+/// Exact attention in f64 on contiguous (B,H,T,D) data.
+///
+/// s = scale · q·k, optionally soft-capped; p = e^s over visible keys; o = Σ p v / (Σ p + e^sink);
+/// lse = ln of that denominator. A row that sees nothing is zero with lse = −∞.
+/// Returns (out (B,H,Tq,Dv), lse (B,H,Tq)).
+#[allow(clippy::too_many_arguments)]
+pub fn attend(
+    q: &[f64],
+    k: &[f64],
+    v: &[f64],
+    [b, h, tq, d]: [usize; 4],
+    [hkv, tk, dv]: [usize; 3],
+    scale: f64,
+    softcap: Option<f64>,
+    sinks: Option<&[f64]>,
+    visible: Visible,
+) -> (Vec<f64>, Vec<f64>) {
+    let mut out = vec![0.0; b * h * tq * dv];
+    let mut lse = vec![f64::NEG_INFINITY; b * h * tq];
+    for bi in 0..b {
+        for hi in 0..h {
+            let kv = bi * hkv + hi / (h / hkv);
+            for i in 0..tq {
+                let r = (bi * h + hi) * tq + i;
+                let s: Vec<(usize, f64)> = (0..tk)
+                    .filter(|&j| visible(bi, hi, i, j))
+                    .map(|j| {
+                        let s: f64 = (0..d).map(|c| q[r * d + c] * k[(kv * tk + j) * d + c]).sum::<f64>() * scale;
+                        (j, softcap.map_or(s, |c| c * (s / c).tanh()))
+                    })
+                    .collect();
+                let sink = sinks.map(|s| s[hi]);
+                let m = s.iter().map(|x| x.1).chain(sink).fold(f64::NEG_INFINITY, f64::max);
+                if m == f64::NEG_INFINITY {
+                    continue;
+                }
+                let l: f64 = s.iter().map(|x| x.1).chain(sink).map(|x| (x - m).exp()).sum();
+                for (j, x) in s {
+                    let p = (x - m).exp() / l;
+                    for c in 0..dv {
+                        out[r * dv + c] += p * v[(kv * tk + j) * dv + c];
+                    }
+                }
+                lse[r] = m + l.ln();
+            }
+        }
+    }
+    (out, lse)
+}

@@ -1,0 +1,45 @@
+//! What a call really did, counted where it was done.
+//!
+//! Counters are exact and repeatable, so that a claim such as "linear in the
+//! number of keys" is tested on counters and never on a clock.
+
+use std::ops::{Add, AddAssign};
+
+/// Work done by one or more kernel calls.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct Work {
+    /// Floating-point operations (a fused multiply-add counts two).
+    pub flops: u64,
+    /// Bytes of q, k, v and o that the algorithm reads and writes, each operand
+    /// counted once per visit of a tile.
+    pub bytes: u64,
+    /// Tiles (query block × key block) or key lists visited.
+    pub tiles: u64,
+    /// Attention scores q·k of full width computed, masked entries inside a
+    /// visited tile included. The ratio to the dense call's is the density.
+    pub pairs: u64,
+}
+
+impl Add for Work {
+    type Output = Work;
+    fn add(self, o: Work) -> Work {
+        Work {
+            flops: self.flops + o.flops,
+            bytes: self.bytes + o.bytes,
+            tiles: self.tiles + o.tiles,
+            pairs: self.pairs + o.pairs,
+        }
+    }
+}
+
+impl AddAssign for Work {
+    fn add_assign(&mut self, o: Work) {
+        *self = *self + o;
+    }
+}
+
+impl std::iter::Sum for Work {
+    fn sum<I: Iterator<Item = Work>>(it: I) -> Work {
+        it.fold(Work::default(), Add::add)
+    }
+}
