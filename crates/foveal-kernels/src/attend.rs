@@ -227,7 +227,7 @@ pub(crate) fn check_shapes(
     eq("heads", "q", q[1], "out", out[1])?;
     eq("tokens", "q", q[2], "out", out[2])?;
     eq("head_dim", "v", v[3], "out", out[3])?;
-    if k[1] == 0 || q[1] % k[1] != 0 {
+    if k[1] == 0 || !q[1].is_multiple_of(k[1]) {
         return Err(KernelError::Groups { op, heads: q[1], kv_heads: k[1] });
     }
     Ok(())

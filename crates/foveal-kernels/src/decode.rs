@@ -130,7 +130,7 @@ impl Decode {
         lse: &mut [f32],
     ) -> Result<Work> {
         let hkv = kv.len();
-        if hkv == 0 || h % hkv != 0 {
+        if hkv == 0 || !h.is_multiple_of(hkv) {
             return Err(KernelError::Groups { op: "decode", heads: h, kv_heads: hkv });
         }
         let need = |name: &'static str, have: usize, want: usize| {

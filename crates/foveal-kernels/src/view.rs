@@ -120,7 +120,7 @@ impl<'a, T: Copy> ViewMut<'a, T> {
                     remedy: "rows overlap; use a layout in which every row has its own memory".into(),
                 });
             }
-            reach = (len - 1) * stride + reach;
+            reach += (len - 1) * stride;
         }
         Ok(Self { data, shape, strides })
     }

@@ -1,0 +1,181 @@
+//! Growable rows in one codec: what every cache policy stores its keys and values in.
+
+use foveal_kernels::decode::Codec;
+use half::bf16;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+/// Storage type of a K/V store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvDtype {
+    /// 4 bytes an element.
+    F32,
+    /// 2 bytes an element.
+    #[default]
+    Bf16,
+    /// 1 byte an element and a f32 scale a row.
+    Int8,
+}
+
+impl fmt::Display for KvDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            KvDtype::F32 => "f32",
+            KvDtype::Bf16 => "bf16",
+            KvDtype::Int8 => "int8",
+        })
+    }
+}
+
+impl FromStr for KvDtype {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "f32" => Ok(KvDtype::F32),
+            "bf16" => Ok(KvDtype::Bf16),
+            "int8" => Ok(KvDtype::Int8),
+            _ => Err(format!("KV dtype {s:?}: use f32, bf16 or int8")),
+        }
+    }
+}
+
+impl KvDtype {
+    /// Bytes of `rows` rows of `width` elements.
+    pub fn bytes(self, rows: usize, width: usize) -> usize {
+        match self {
+            KvDtype::F32 => rows * width * 4,
+            KvDtype::Bf16 => rows * width * 2,
+            KvDtype::Int8 => rows * (width + 4),
+        }
+    }
+}
+
+/// Rows of `width` elements in one codec.
+#[derive(Clone, Debug)]
+pub struct RowStore {
+    width: usize,
+    len: usize,
+    data: Data,
+}
+
+#[derive(Clone, Debug)]
+enum Data {
+    F32(Vec<f32>),
+    Bf16(Vec<bf16>),
+    Int8(Vec<i8>, Vec<f32>),
+}
+
+impl RowStore {
+    /// An empty store.
+    pub fn new(dtype: KvDtype, width: usize) -> Self {
+        let data = match dtype {
+            KvDtype::F32 => Data::F32(Vec::new()),
+            KvDtype::Bf16 => Data::Bf16(Vec::new()),
+            KvDtype::Int8 => Data::Int8(Vec::new(), Vec::new()),
+        };
+        Self { width, len: 0, data }
+    }
+
+    /// Elements a row.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Rows.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no rows.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Append rows given as f32, `rows.len()` a multiple of the width.
+    pub fn push(&mut self, rows: &[f32]) {
+        debug_assert!(self.width > 0 && rows.len().is_multiple_of(self.width));
+        self.len += rows.len() / self.width.max(1);
+        match &mut self.data {
+            Data::F32(d) => d.extend_from_slice(rows),
+            Data::Bf16(d) => d.extend(rows.iter().map(|&x| bf16::from_f32(x))),
+            Data::Int8(d, s) => {
+                for row in rows.chunks_exact(self.width) {
+                    let top = row.iter().fold(0f32, |m, x| m.max(x.abs()));
+                    let scale = top / 127.0;
+                    let inv = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+                    d.extend(row.iter().map(|x| (x * inv).round_ties_even() as i8));
+                    s.push(scale);
+                }
+            }
+        }
+    }
+
+    /// Drop the first `n` rows.
+    pub fn drop_front(&mut self, n: usize) {
+        let n = n.min(self.len);
+        self.len -= n;
+        match &mut self.data {
+            Data::F32(d) => drop(d.drain(..n * self.width)),
+            Data::Bf16(d) => drop(d.drain(..n * self.width)),
+            Data::Int8(d, s) => {
+                d.drain(..n * self.width);
+                s.drain(..n);
+            }
+        }
+    }
+
+    /// Keep only the rows whose number `keep` names (ascending).
+    pub fn retain(&mut self, keep: &[u32]) {
+        let w = self.width;
+        fn pick<T: Copy>(d: &mut Vec<T>, keep: &[u32], w: usize) {
+            for (to, &from) in keep.iter().enumerate() {
+                d.copy_within(from as usize * w..(from as usize + 1) * w, to * w);
+            }
+            d.truncate(keep.len() * w);
+            d.shrink_to_fit();
+        }
+        match &mut self.data {
+            Data::F32(d) => pick(d, keep, w),
+            Data::Bf16(d) => pick(d, keep, w),
+            Data::Int8(d, s) => {
+                pick(d, keep, w);
+                pick(s, keep, 1);
+            }
+        }
+        self.len = keep.len();
+    }
+
+    /// The rows as the decode kernel reads them.
+    pub fn codec(&self) -> Codec<'_> {
+        match &self.data {
+            Data::F32(data) => Codec::F32 { data, stride: self.width },
+            Data::Bf16(data) => Codec::Bf16 { data, stride: self.width },
+            Data::Int8(data, scales) => Codec::Int8 { data, stride: self.width, scales },
+        }
+    }
+
+    /// Decode row `i` into `out` (`width` elements).
+    pub fn read(&self, i: usize, out: &mut [f32]) {
+        self.codec().row(i, out);
+    }
+
+    /// All rows as f32.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0f32; self.len * self.width];
+        for (i, row) in out.chunks_exact_mut(self.width.max(1)).enumerate() {
+            self.read(i, row);
+        }
+        out
+    }
+
+    /// Bytes of the rows held.
+    pub fn bytes(&self) -> usize {
+        match &self.data {
+            Data::F32(d) => size_of_val(d.as_slice()),
+            Data::Bf16(d) => size_of_val(d.as_slice()),
+            Data::Int8(d, s) => size_of_val(d.as_slice()) + size_of_val(s.as_slice()),
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! Block pooling of rows.
+
+use crate::sparse::Mat;
+
+/// Means of consecutive blocks of `block` rows (the last may be short): (ceil(rows/block), cols).
+pub fn mean_blocks(m: &Mat, block: usize) -> Vec<f32> {
+    let n = m.rows.div_ceil(block);
+    let mut out = vec![0f32; n * m.cols];
+    for (i, o) in out.chunks_exact_mut(m.cols.max(1)).enumerate() {
+        let rows = i * block..((i + 1) * block).min(m.rows);
+        let inv = 1.0 / rows.len() as f32;
+        for r in rows {
+            for (a, b) in o.iter_mut().zip(m.row(r)) {
+                *a += b;
+            }
+        }
+        o.iter_mut().for_each(|x| *x *= inv);
+    }
+    out
+}
+
+/// In-place softmax of one row; −∞ entries become 0; a row of only −∞ becomes all 0.
+pub fn softmax_row(x: &mut [f32]) {
+    let m = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    if m == f32::NEG_INFINITY {
+        x.fill(0.0);
+        return;
+    }
+    let mut sum = 0f32;
+    for v in x.iter_mut() {
+        *v = (*v - m).exp();
+        sum += *v;
+    }
+    let inv = 1.0 / sum;
+    x.iter_mut().for_each(|v| *v *= inv);
+}
