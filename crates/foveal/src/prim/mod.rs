@@ -7,6 +7,6 @@ pub mod kv;
 pub mod pool;
 pub mod rope;
 pub mod select;
-mod tensor;
+pub(crate) mod tensor;
 
 pub use attend::{AttendOptions, Attended, attend, attend_indexed, attend_selected, merge};

@@ -1,5 +1,7 @@
 //! Sparse patterns (family B): which keys each query of the prompt visits.
 
+pub mod run;
+
 use crate::error::Result;
 use crate::system::Card;
 use foveal_kernels::{HeadKeys, HeadTable, Work};
