@@ -52,3 +52,9 @@ pub fn attend(
     }
     (out, lse)
 }
+
+/// Linear layer in f64: x (m, k) · wᵀ (n, k) + bias → (m, n).
+pub fn linear(x: &[f64], w: &[f64], bias: Option<&[f64]>, [m, n, k]: [usize; 3]) -> Vec<f64> {
+    let dot = |i: usize, j: usize| (0..k).map(|c| x[i * k + c] * w[j * k + c]).sum::<f64>();
+    (0..m * n).map(|r| dot(r / n, r % n) + bias.map_or(0.0, |b| b[r % n])).collect()
+}

@@ -1,0 +1,324 @@
+//! Tile kernels: bf16 × bf16 → f32 on AMX, 32 × 32 outputs at a time.
+
+use super::{OutPtr, PackedLinear};
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+pub(super) fn forward(_: &PackedLinear, _: &[f32], _: usize, _: OutPtr) {
+    unreachable!("Isa::Amx is only detected on x86-64 Linux");
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(super) use imp::forward;
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod imp {
+    use super::super::pack::{INT8_SCALES, Line};
+    use super::super::{BLOCK, PANEL, WeightFormat, grid};
+    use super::*;
+    use rayon::prelude::*;
+    use std::arch::asm;
+    use std::arch::x86_64::*;
+    use std::cell::RefCell;
+
+    /// Bytes of a tile: 16 rows of a cache line.
+    const TILE: usize = 1024;
+
+    thread_local! {
+        /// x of the task in tile order, and (int8 weights) two panels widened to bf16. Kept from
+        /// task to task: fresh pages for each would cost more than the conversion.
+        static SCRATCH: RefCell<(Vec<Line>, Vec<Line>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+    }
+
+    /// The operand of `ldtilecfg`.
+    #[repr(C, align(64))]
+    struct Config {
+        palette: u8,
+        start_row: u8,
+        reserved: [u8; 14],
+        colsb: [u16; 16],
+        rows: [u8; 16],
+    }
+
+    impl Config {
+        /// Tiles 0, 1 (outputs) and 4 (x) of `first` rows, 2, 3 and 5 of `second`, 6 and 7 weights.
+        fn new(first: usize, second: usize) -> Self {
+            let (a, b) = (first as u8, second as u8);
+            let mut c = Config { palette: 1, start_row: 0, reserved: [0; 14], colsb: [0; 16], rows: [0; 16] };
+            c.rows[..8].copy_from_slice(&[a, a, b, b, a, b, 16, 16]);
+            c.colsb[..8].fill(64);
+            c
+        }
+
+        /// # Safety
+        /// The machine has AMX and the process may use it.
+        unsafe fn load(&self) {
+            let p: *const Config = self;
+            // SAFETY: reads 64 bytes at `p`, all of `self` (no `nomem`: the compiler must have
+            // written every one of them before).
+            unsafe { asm!("ldtilecfg [{p}]", p = in(reg) p, options(nostack, preserves_flags)) }
+        }
+    }
+
+    /// Give the tiles back, so that the thread's state is small again in a context switch.
+    ///
+    /// # Safety
+    /// The machine has AMX.
+    unsafe fn release() {
+        // SAFETY: touches tile state only.
+        unsafe { asm!("tilerelease", options(nostack, preserves_flags)) }
+    }
+
+    pub(in super::super) fn forward(w: &PackedLinear, x: &[f32], m: usize, out: OutPtr) {
+        // Int8 panels are widened once a task, so its row block is longer.
+        let max_rows = if w.format == WeightFormat::Int8 { 256 } else { 128 };
+        let units = w.panels / 2;
+        let (row_step, unit_step) = grid(m, units, w.k, max_rows);
+        let (row_tasks, unit_tasks) = (m.div_ceil(row_step), units.div_ceil(unit_step));
+        let run = |t: usize| {
+            let (r, u) = (t / unit_tasks * row_step, t % unit_tasks * unit_step);
+            SCRATCH.with_borrow_mut(|(a, b)| {
+                // SAFETY: `forward` is only reached under a detected `Isa::Amx`; the regions of the
+                // grid are disjoint and inside x, W and out.
+                unsafe { region(w, x, (r, (r + row_step).min(m)), (u, (u + unit_step).min(units)), out, a, b) }
+            });
+        };
+        match row_tasks * unit_tasks {
+            1 => run(0),
+            tasks => (0..tasks).into_par_iter().with_max_len(1).for_each(run),
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    unsafe fn region(
+        w: &PackedLinear,
+        x: &[f32],
+        rows: (usize, usize),
+        units: (usize, usize),
+        out: OutPtr,
+        a: &mut Vec<Line>,
+        b: &mut Vec<Line>,
+    ) {
+        let (m, kt) = (rows.1 - rows.0, w.blocks());
+        let row_tiles = m.div_ceil(16);
+        let lines = row_tiles * kt * 16;
+        if a.len() < lines {
+            a.resize(lines, Line::ZERO);
+        }
+        if w.format == WeightFormat::Int8 && b.len() < 2 * kt * 16 {
+            b.resize(2 * kt * 16, Line::ZERO);
+        }
+        let a = a.as_mut_ptr().cast::<u8>();
+        let b = b.as_mut_ptr().cast::<u8>();
+        // Tiles shorter than 16 rows take less time, which matters when there is only one.
+        let first = m.min(16);
+        let second = if m > 16 { (m - 16).min(16) } else { 16 };
+        let config = Config::new(first, second);
+        // SAFETY: `a` and `b` hold the tiles counted above; the rest is passed on.
+        unsafe {
+            convert_rows(x, w.k, rows, kt, a);
+            config.load();
+            let mut edge = Edge([0.0; 32 * 32]);
+            for u in units.0..units.1 {
+                let panels = w.data.ptr().add(2 * u * w.panel_bytes());
+                let b0 = if w.format == WeightFormat::Int8 {
+                    widen_int8(panels, kt, w.unit, b);
+                    widen_int8(panels.add(w.panel_bytes()), kt, w.unit, b.add(kt * TILE));
+                    b.cast_const()
+                } else {
+                    panels
+                };
+                let b1 = b0.add(kt * TILE);
+                let bias = w.bias.ptr().add(2 * u * PANEL * 4);
+                let col = 2 * u * PANEL;
+                let cols = (w.n - col).min(32);
+                let mut t = 0;
+                while t < row_tiles {
+                    let two = t + 1 < row_tiles;
+                    let have = (m - 16 * t).min(if two { 32 } else { 16 });
+                    let tiles_rows = if two { 16 + second } else { first };
+                    let c = out.get().add((rows.0 + 16 * t) * w.n + col);
+                    // A tile store writes whole tiles: straight into the output where they fit.
+                    let direct = cols == 32 && have == tiles_rows;
+                    let (dst, ld) = if direct { (c, w.n) } else { (edge.0.as_mut_ptr(), 32) };
+                    let a0 = a.cast_const().add(t * kt * TILE);
+                    if two {
+                        product_2x2(a0, b0, b1, kt, bias, dst, ld);
+                    } else {
+                        product_1x2(a0, b0, b1, kt, bias, dst, ld);
+                    }
+                    if !direct {
+                        for i in 0..have {
+                            std::ptr::copy_nonoverlapping(edge.0.as_ptr().add(32 * i), c.add(i * w.n), cols);
+                        }
+                    }
+                    t += 2;
+                }
+            }
+            release();
+        }
+    }
+
+    #[repr(C, align(64))]
+    struct Edge([f32; 32 * 32]);
+
+    /// Rows of x as bf16 in tile order: row tile, then block of 32 inputs, then row. Rows and
+    /// inputs beyond the end are zero.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    unsafe fn convert_rows(x: &[f32], k: usize, rows: (usize, usize), kt: usize, a: *mut u8) {
+        let m = rows.1 - rows.0;
+        for i in 0..m.next_multiple_of(16) {
+            // SAFETY: `a` holds next_multiple_of(m, 16) rows of `kt` lines; reads are masked to the row.
+            unsafe {
+                let dst = a.add(i / 16 * kt * TILE + i % 16 * 64);
+                let src = if i < m { Some(x.as_ptr().add((rows.0 + i) * k)) } else { None };
+                for t in 0..kt {
+                    let line = match src {
+                        None => _mm512_setzero_si512(),
+                        Some(p) => {
+                            let left = k - t * BLOCK;
+                            let mask = |n: usize| if n >= 16 { 0xffff } else { (1u16 << n) - 1 };
+                            let lo = _mm512_maskz_loadu_ps(mask(left), p.add(t * BLOCK));
+                            let hi =
+                                _mm512_maskz_loadu_ps(mask(left.saturating_sub(16)), p.wrapping_add(t * BLOCK + 16));
+                            std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(hi, lo))
+                        }
+                    };
+                    _mm512_store_si512(dst.add(t * TILE).cast(), line);
+                }
+            }
+        }
+    }
+
+    /// A panel of int8 blocks as bf16 tiles: scale · q rounded to bf16.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    unsafe fn widen_int8(panel: *const u8, kt: usize, unit: f32, b: *mut u8) {
+        let unit = _mm512_set1_ps(unit);
+        // Alternate the 16 low and 16 high bf16: the pair order of a weight tile.
+        let order: [u16; 32] = std::array::from_fn(|i| (i / 2 + 16 * (i % 2)) as u16);
+        // SAFETY: `panel` holds `kt` int8 blocks and `b` `kt` tiles.
+        unsafe {
+            let order = _mm512_loadu_si512(order.as_ptr().cast());
+            for t in 0..kt {
+                let block = panel.add(t * WeightFormat::Int8.block_bytes());
+                let scales = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_loadu_si256(block.cast())), unit);
+                let q = block.add(INT8_SCALES);
+                for s in 0..16 {
+                    let wide = |c: usize| {
+                        let q = _mm512_cvtepi8_epi32(_mm_loadu_si128(q.add(c * PANEL).cast()));
+                        _mm512_mul_ps(_mm512_cvtepi32_ps(q), scales)
+                    };
+                    let line = _mm512_cvtne2ps_pbh(wide(2 * s + 1), wide(2 * s));
+                    let line = _mm512_permutexvar_epi16(order, std::mem::transmute::<__m512bh, __m512i>(line));
+                    _mm512_store_si512(b.add(t * TILE + s * 64).cast(), line);
+                }
+            }
+        }
+    }
+
+    /// 32 × 32 outputs (or fewer rows, by the tile configuration): c = bias + a · b.
+    ///
+    /// # Safety
+    /// `a0` points at two row tiles of `kt` tiles each, `b0` and `b1` at `kt` tiles, `bias` at 32
+    /// f32; `c` is writable for the configured rows of 32 f32 with `ld` f32 from row to row.
+    #[inline(always)]
+    unsafe fn product_2x2(
+        a0: *const u8,
+        b0: *const u8,
+        b1: *const u8,
+        kt: usize,
+        bias: *const u8,
+        c: *mut f32,
+        ld: usize,
+    ) {
+        // SAFETY: by the contract; tiles 0 to 7 are configured and used by nobody else.
+        unsafe {
+            asm!(
+                // A stride of zero loads the bias into every row.
+                "tileloadd tmm0, [{bias} + {zero}*1]",
+                "tileloadd tmm1, [{bias} + {zero}*1 + 64]",
+                "tileloadd tmm2, [{bias} + {zero}*1]",
+                "tileloadd tmm3, [{bias} + {zero}*1 + 64]",
+                "test {kt}, {kt}",
+                "jz 3f",
+                "2:",
+                "tileloadd tmm6, [{b0} + {line}*1]",
+                "tileloadd tmm4, [{a0} + {line}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{b1} + {line}*1]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm5, [{a1} + {line}*1]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {a0}, 1024",
+                "add {a1}, 1024",
+                "add {b0}, 1024",
+                "add {b1}, 1024",
+                "dec {kt}",
+                "jnz 2b",
+                "3:",
+                "tilestored [{c} + {ld}*1], tmm0",
+                "tilestored [{c} + {ld}*1 + 64], tmm1",
+                "tilestored [{c2} + {ld}*1], tmm2",
+                "tilestored [{c2} + {ld}*1 + 64], tmm3",
+                a0 = inout(reg) a0 => _,
+                a1 = inout(reg) a0.add(kt * TILE) => _,
+                b0 = inout(reg) b0 => _,
+                b1 = inout(reg) b1 => _,
+                kt = inout(reg) kt => _,
+                bias = in(reg) bias,
+                zero = in(reg) 0usize,
+                line = in(reg) 64usize,
+                c = in(reg) c,
+                c2 = in(reg) c.wrapping_add(16 * ld),
+                ld = in(reg) ld * 4,
+                options(nostack),
+            );
+        }
+    }
+
+    /// 16 × 32 outputs; as [`product_2x2`] with one row tile.
+    #[inline(always)]
+    unsafe fn product_1x2(
+        a0: *const u8,
+        b0: *const u8,
+        b1: *const u8,
+        kt: usize,
+        bias: *const u8,
+        c: *mut f32,
+        ld: usize,
+    ) {
+        // SAFETY: by the contract; tiles 0, 1, 4, 6 and 7 are configured and used by nobody else.
+        unsafe {
+            asm!(
+                "tileloadd tmm0, [{bias} + {zero}*1]",
+                "tileloadd tmm1, [{bias} + {zero}*1 + 64]",
+                "test {kt}, {kt}",
+                "jz 3f",
+                "2:",
+                "tileloadd tmm6, [{b0} + {line}*1]",
+                "tileloadd tmm4, [{a0} + {line}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{b1} + {line}*1]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "add {a0}, 1024",
+                "add {b0}, 1024",
+                "add {b1}, 1024",
+                "dec {kt}",
+                "jnz 2b",
+                "3:",
+                "tilestored [{c} + {ld}*1], tmm0",
+                "tilestored [{c} + {ld}*1 + 64], tmm1",
+                a0 = inout(reg) a0 => _,
+                b0 = inout(reg) b0 => _,
+                b1 = inout(reg) b1 => _,
+                kt = inout(reg) kt => _,
+                bias = in(reg) bias,
+                zero = in(reg) 0usize,
+                line = in(reg) 64usize,
+                c = in(reg) c,
+                ld = in(reg) ld * 4,
+                options(nostack),
+            );
+        }
+    }
+}
