@@ -28,6 +28,8 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load_bf16_pairs(p: *const u16) -> (Self, Self);
     /// 16 consecutive int8.
     unsafe fn load_i8(p: *const i8) -> Self;
+    /// 16 consecutive quads of int8: the first two of each quad, or the last two.
+    unsafe fn load_i8_quads(p: *const i8, last: bool) -> (Self, Self);
     /// 16 consecutive non-negative finite f16.
     unsafe fn load_f16_positive(p: *const u16) -> Self;
     /// Sum of the 16 lanes.
@@ -94,6 +96,13 @@ impl Lanes for Plain {
         // SAFETY: by the trait's contract.
         let x = unsafe { p.cast::<[i8; 16]>().read_unaligned() };
         Plain(x.map(f32::from))
+    }
+    #[inline(always)]
+    unsafe fn load_i8_quads(p: *const i8, last: bool) -> (Self, Self) {
+        // SAFETY: by the trait's contract.
+        let x = unsafe { p.cast::<[[i8; 4]; 16]>().read_unaligned() };
+        let at = if last { 2 } else { 0 };
+        (Plain(x.map(|b| f32::from(b[at]))), Plain(x.map(|b| f32::from(b[at + 1]))))
     }
     #[inline(always)]
     unsafe fn load_f16_positive(p: *const u16) -> Self {
@@ -198,6 +207,23 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn load_i8_quads(p: *const i8, last: bool) -> (Self, Self) {
+            // SAFETY: the caller has AVX2 and 64 readable elements.
+            unsafe {
+                let (mut a, mut b) = (_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast()));
+                if !last {
+                    (a, b) = (_mm256_slli_epi32::<16>(a), _mm256_slli_epi32::<16>(b));
+                }
+                let (a0, b0) = (_mm256_slli_epi32::<8>(a), _mm256_slli_epi32::<8>(b));
+                let (a0, b0) = (_mm256_srai_epi32::<24>(a0), _mm256_srai_epi32::<24>(b0));
+                let (a1, b1) = (_mm256_srai_epi32::<24>(a), _mm256_srai_epi32::<24>(b));
+                (
+                    Avx2(_mm256_cvtepi32_ps(a0), _mm256_cvtepi32_ps(b0)),
+                    Avx2(_mm256_cvtepi32_ps(a1), _mm256_cvtepi32_ps(b1)),
+                )
+            }
+        }
+        #[inline(always)]
         unsafe fn load_f16_positive(p: *const u16) -> Self {
             // SAFETY: the caller has AVX2 and 16 readable elements.
             unsafe {
@@ -278,6 +304,19 @@ mod x86 {
         unsafe fn load_i8(p: *const i8) -> Self {
             // SAFETY: the caller has AVX-512 and 16 readable elements.
             unsafe { Avx512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())))) }
+        }
+        #[inline(always)]
+        unsafe fn load_i8_quads(p: *const i8, last: bool) -> (Self, Self) {
+            // SAFETY: the caller has AVX-512 and 64 readable elements.
+            unsafe {
+                let mut x = _mm512_loadu_si512(p.cast());
+                if !last {
+                    x = _mm512_slli_epi32::<16>(x);
+                }
+                let a = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<8>(x));
+                let b = _mm512_srai_epi32::<24>(x);
+                (Avx512(_mm512_cvtepi32_ps(a)), Avx512(_mm512_cvtepi32_ps(b)))
+            }
         }
         #[inline(always)]
         unsafe fn load_f16_positive(p: *const u16) -> Self {

@@ -141,6 +141,15 @@ mod imp {
                     let direct = cols == 32 && have == tiles_rows;
                     let (dst, ld) = if direct { (c, w.n) } else { (edge.0.as_mut_ptr(), 32) };
                     let a0 = a.cast_const().add(t * kt * TILE);
+                    // A large output is in no cache: ask for the lines of the next square while
+                    // this one is computed, or the stores wait for memory.
+                    let (next_t, next_u) = if t + 2 < row_tiles { (t + 2, u) } else { (0, u + 1) };
+                    if next_u < units.1 {
+                        let next = out.get().wrapping_add((rows.0 + 16 * next_t) * w.n + 2 * next_u * PANEL);
+                        for i in 0..(m - 16 * next_t).min(32) {
+                            prefetch_for_write(next.wrapping_add(i * w.n));
+                        }
+                    }
                     if two {
                         product_2x2(a0, b0, b1, kt, bias, dst, ld);
                     } else {
@@ -155,6 +164,22 @@ mod imp {
                 }
             }
             release();
+        }
+    }
+
+    /// Ask for the cache lines of 32 f32 (three, if unaligned) in writable state.
+    #[inline(always)]
+    unsafe fn prefetch_for_write(p: *const f32) {
+        // SAFETY: a prefetch of any address has no effect but on caches (asm because the
+        // intrinsic becomes a prefetch for reading without a further target feature).
+        unsafe {
+            asm!(
+                "prefetchw [{p}]",
+                "prefetchw [{p} + 64]",
+                "prefetchw [{p} + 127]",
+                p = in(reg) p,
+                options(nostack, preserves_flags, readonly)
+            );
         }
     }
 
@@ -203,11 +228,15 @@ mod imp {
                 let scales = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_loadu_si256(block.cast())), unit);
                 let q = block.add(INT8_SCALES);
                 for s in 0..16 {
-                    let wide = |c: usize| {
-                        let q = _mm512_cvtepi8_epi32(_mm_loadu_si128(q.add(c * PANEL).cast()));
-                        _mm512_mul_ps(_mm512_cvtepi32_ps(q), scales)
-                    };
-                    let line = _mm512_cvtne2ps_pbh(wide(2 * s + 1), wide(2 * s));
+                    let mut quads = _mm512_loadu_si512(q.add(s / 2 * 64).cast());
+                    if s % 2 == 0 {
+                        quads = _mm512_slli_epi32::<16>(quads);
+                    }
+                    let first = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<8>(quads));
+                    let second = _mm512_srai_epi32::<24>(quads);
+                    let first = _mm512_mul_ps(_mm512_cvtepi32_ps(first), scales);
+                    let second = _mm512_mul_ps(_mm512_cvtepi32_ps(second), scales);
+                    let line = _mm512_cvtne2ps_pbh(second, first);
                     let line = _mm512_permutexvar_epi16(order, std::mem::transmute::<__m512bh, __m512i>(line));
                     _mm512_store_si512(b.add(t * TILE + s * 64).cast(), line);
                 }

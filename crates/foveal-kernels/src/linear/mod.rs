@@ -4,9 +4,11 @@
 //! blocks of 32 inputs. In a bf16 block the two inputs of a pair sit side by side, which is
 //! at once the operand order of the AMX tile product and, widened by a shift and a mask, two
 //! vectors of 16 output features: one copy of the weights serves prefill (compute bound) and
-//! decode (bandwidth bound, each weight read once for all rows).
+//! decode (bandwidth bound, each weight read once for all rows). An int8 block holds quads of
+//! inputs, the operand order of the byte dot product.
 
 mod amx;
+mod integer;
 mod pack;
 mod wide;
 
@@ -99,9 +101,11 @@ impl PackedLinear {
 
     /// `x` (m, k) contiguous into `out` (m, n) contiguous: out = x · Wᵀ + bias.
     ///
-    /// With 8-bit and bf16 weights and many rows under [`Isa::Amx`], x and the weights are rounded
-    /// to bf16 and accumulated in f32; otherwise x stays f32. `isa` is lowered to what the machine
-    /// has. Runs on the current rayon pool.
+    /// Accumulates in f32. Under [`Isa::Amx`] with bf16 or int8 weights and more than a few rows,
+    /// x and the weights are rounded to bf16. With int8 weights, up to 8 rows and AVX-512 VNNI, x is
+    /// rounded to 16-bit integers with a scale for each 32 inputs. Otherwise x stays f32. `isa` is
+    /// lowered to what the machine has. Runs on the current rayon pool; small calls stay on
+    /// their thread. A whole token inside one `ThreadPool::install` saves the wake-up of each call.
     pub fn forward(&self, x: &[f32], m: usize, out: &mut [f32], isa: Isa) -> Result<Work> {
         same("linear", "m*k", "x", x.len(), "m and weight", m.saturating_mul(self.k))?;
         same("linear", "m*n", "out", out.len(), "m and weight", m.saturating_mul(self.n))?;
@@ -110,10 +114,14 @@ impl PackedLinear {
         }
         // The kernels rely on the machine having `isa`; a caller can name any.
         let isa = isa.min(Isa::detect());
-        if self.format != WeightFormat::F32 && isa >= Isa::Amx && m >= AMX_ROWS {
-            amx::forward(self, x, m, OutPtr(out.as_mut_ptr()));
+        let out_ptr = OutPtr(out.as_mut_ptr());
+        let quantised = self.format == WeightFormat::Int8 && isa >= Isa::Avx512 && m <= integer::MAX_ROWS;
+        if quantised && integer::forward(self, x, m, out_ptr) {
+            // Served.
+        } else if self.format != WeightFormat::F32 && isa >= Isa::Amx && m >= AMX_ROWS {
+            amx::forward(self, x, m, out_ptr);
         } else if self.k.is_multiple_of(BLOCK) {
-            wide::forward(self, x, m, OutPtr(out.as_mut_ptr()), isa);
+            wide::forward(self, x, m, out_ptr, isa);
         } else {
             // The kernels read whole blocks of inputs.
             let kp = self.blocks() * BLOCK;
@@ -121,7 +129,7 @@ impl PackedLinear {
             for (p, x) in padded.chunks_exact_mut(kp).zip(x.chunks_exact(self.k.max(1))) {
                 p[..self.k].copy_from_slice(x);
             }
-            wide::forward(self, &padded, m, OutPtr(out.as_mut_ptr()), isa);
+            wide::forward(self, &padded, m, out_ptr, isa);
         }
         Ok(Work {
             flops: 2 * (m * self.n * self.k) as u64,

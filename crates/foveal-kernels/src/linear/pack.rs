@@ -185,7 +185,7 @@ impl PackedLinear {
                     }
                     WeightFormat::Int8 => {
                         let scale = f16::from_le_bytes([block[2 * lane], block[2 * lane + 1]]).to_f32();
-                        f32::from(block[INT8_SCALES + c * PANEL + lane] as i8) * (scale * self.unit)
+                        f32::from(block[INT8_SCALES + 4 * (c / 4 * PANEL + lane) + c % 4] as i8) * (scale * self.unit)
                     }
                 };
             }
@@ -217,7 +217,7 @@ fn pack_row<T: Element>(format: WeightFormat, w: &[T], lane: usize, unit: f32, b
             let inv = if scale > 0.0 { 1.0 / scale } else { 0.0 };
             for (c, w) in w.iter().enumerate() {
                 let q = (w.to_f32() * inv).round_ties_even().clamp(-127.0, 127.0);
-                block[INT8_SCALES + c * PANEL + lane] = q as i8 as u8;
+                block[INT8_SCALES + 4 * (c / 4 * PANEL + lane) + c % 4] = q as i8 as u8;
             }
         }
     }

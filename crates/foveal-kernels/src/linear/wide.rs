@@ -127,8 +127,9 @@ impl Format for Int8 {
     unsafe fn pair<L: Lanes>(block: *const u8, s: usize, scales: L) -> (L, L) {
         // SAFETY: s < 16, inside the block.
         unsafe {
-            let p = block.add(INT8_SCALES + 2 * s * PANEL).cast::<i8>();
-            (L::load_i8(p).mul(scales), L::load_i8(p.add(PANEL)).mul(scales))
+            let quads = block.add(INT8_SCALES + s / 2 * 4 * PANEL).cast::<i8>();
+            let (a, b) = L::load_i8_quads(quads, s % 2 == 1);
+            (a.mul(scales), b.mul(scales))
         }
     }
 }
@@ -144,20 +145,38 @@ unsafe fn tile<L: Lanes, F: Format, const MR: usize, const NR: usize, const EO: 
     // SAFETY: `row + MR` and `panel + NR` are inside the region; each x row and panel holds `blocks` blocks.
     unsafe {
         let ldx = t.blocks * super::BLOCK;
-        let mut acc = [[[L::splat(0.0); NR]; MR]; EO];
-        let mut w: [*const u8; NR] = std::array::from_fn(|j| t.data.add((panel + j) * t.panel_bytes));
-        let mut x: [*const f32; MR] = std::array::from_fn(|i| t.x.add((row + i) * ldx));
+        // Loops rather than closures: a closure is compiled without the caller's target feature
+        // unless it happens to be inlined in time.
+        let zero = L::splat(0.0);
+        let mut acc = [[[zero; NR]; MR]; EO];
+        let mut w = [t.data; NR];
+        for j in 0..NR {
+            w[j] = t.data.add((panel + j) * t.panel_bytes);
+        }
+        let mut x = [t.x; MR];
+        for i in 0..MR {
+            x[i] = t.x.add((row + i) * ldx);
+        }
         for _ in 0..t.blocks {
-            let scales: [L; NR] = std::array::from_fn(|j| F::scales(w[j]));
+            let mut scales = [zero; NR];
+            for j in 0..NR {
+                scales[j] = F::scales(w[j]);
+            }
             for s in 0..16 / EO {
                 for e in 0..EO {
-                    let pair: [(L, L); NR] = std::array::from_fn(|j| F::pair(w[j], s * EO + e, scales[j]));
+                    let at = s * EO + e;
+                    let mut pair = [(zero, zero); NR];
+                    for j in 0..NR {
+                        pair[j] = F::pair(w[j], at, scales[j]);
+                    }
                     for i in 0..MR {
-                        let b = L::splat(*x[i].add(2 * (s * EO + e)));
+                        let b = L::splat(*x[i].add(2 * at));
                         for j in 0..NR {
                             acc[e][i][j] = b.mul_add(pair[j].0, acc[e][i][j]);
                         }
-                        let b = L::splat(*x[i].add(2 * (s * EO + e) + 1));
+                    }
+                    for i in 0..MR {
+                        let b = L::splat(*x[i].add(2 * at + 1));
                         for j in 0..NR {
                             acc[e][i][j] = b.mul_add(pair[j].1, acc[e][i][j]);
                         }
