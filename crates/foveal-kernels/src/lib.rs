@@ -11,11 +11,13 @@
 pub mod attend;
 pub mod decode;
 pub mod error;
+pub mod exp;
 pub mod indexed;
 pub mod isa;
 mod lanes;
 pub mod linear;
 pub mod merge;
+mod simd;
 pub mod table;
 pub mod twin;
 pub mod view;

@@ -108,7 +108,9 @@ impl<'a, T: Copy> ViewMut<'a, T> {
             return Err(KernelError::View { op: "view", what, shape, strides, need, have: data.len() });
         }
         // Rows are disjoint when, sorted by stride, each axis steps past all that lies below it.
-        let mut axes: Vec<(usize, usize)> = (0..3).filter(|&i| shape[i] > 1).map(|i| (strides[i], shape[i])).collect();
+        let some = !shape.contains(&0);
+        let mut axes: Vec<(usize, usize)> =
+            (0..3).filter(|&i| some && shape[i] > 1).map(|i| (strides[i], shape[i])).collect();
         axes.sort_unstable();
         let mut reach = shape[3];
         for (stride, len) in axes {

@@ -1,0 +1,118 @@
+//! Exact attention, dense or over a block table.
+//!
+//! [`Attend::run`] checks the call and hands it to `drive`, which cuts it into tasks (one tile of
+//! queries of one head), lists the keys each task visits, and feeds them in tiles to the
+//! microkernels in `strip`.
+
+pub(crate) mod drive;
+mod strip;
+
+use crate::error::{KernelError, Result};
+use crate::isa::Isa;
+use crate::table::BlockTable;
+use crate::view::{Element, View, ViewMut};
+use crate::work::Work;
+pub(crate) use drive::Source;
+
+/// Parameters of one attention call. Build with [`Attend::new`] and the chained setters.
+#[derive(Clone)]
+pub struct Attend<'a> {
+    /// Factor on q·k.
+    pub scale: f32,
+    /// Query i of n sees keys up to m − n + i (bottom-right).
+    pub causal: bool,
+    /// Keys in all that a query sees, its own included; needs `causal`.
+    pub window: Option<usize>,
+    /// `cap * tanh(s / cap)` on the scaled score.
+    pub softcap: Option<f32>,
+    /// One logit per query head added to the denominator only.
+    pub sinks: Option<&'a [f32]>,
+    /// Visit only these blocks.
+    pub table: Option<&'a BlockTable>,
+    /// Instruction set.
+    pub isa: Isa,
+}
+
+impl<'a> Attend<'a> {
+    /// Dense attention without a mask.
+    pub fn new(scale: f32) -> Self {
+        Self { scale, causal: false, window: None, softcap: None, sinks: None, table: None, isa: Isa::active() }
+    }
+    /// Set causality.
+    pub fn causal(mut self, on: bool) -> Self {
+        self.causal = on;
+        self
+    }
+    /// Set the window.
+    pub fn window(mut self, keys: Option<usize>) -> Self {
+        self.window = keys;
+        self
+    }
+    /// Set the block table.
+    pub fn table(mut self, t: Option<&'a BlockTable>) -> Self {
+        self.table = t;
+        self
+    }
+    /// Set the instruction set.
+    pub fn isa(mut self, isa: Isa) -> Self {
+        self.isa = isa;
+        self
+    }
+
+    /// Run: q (B,H,Tq,D), k (B,Hkv,Tk,D), v (B,Hkv,Tk,Dv) into out (B,H,Tq,Dv) and,
+    /// if given, `lse` (B,H,Tq contiguous; natural log; −∞ for a row that sees no key).
+    /// A row that sees no key is zero.
+    pub fn run<T: Element>(
+        &self,
+        q: &View<T>,
+        k: &View<T>,
+        v: &View<T>,
+        out: &mut ViewMut<f32>,
+        lse: Option<&mut [f32]>,
+    ) -> Result<Work> {
+        check_shapes("attend", q.shape, k.shape, v.shape, out.shape)?;
+        let [b, h, tq, _] = q.shape;
+        let Some(t) = self.table else {
+            return drive::run("attend", self, Source::Dense, q, k, v, out, lse);
+        };
+        check_heads("attend", "block table", t.heads.len(), b * h)?;
+        for ht in &t.heads {
+            ht.check(tq, k.shape[2])?;
+        }
+        drive::run("attend", self, Source::Table(&t.heads), q, k, v, out, lse)
+    }
+}
+
+/// One table or list a (batch, query head).
+pub(crate) fn check_heads(op: &'static str, left: &'static str, left_len: usize, right_len: usize) -> Result<()> {
+    if left_len == right_len {
+        return Ok(());
+    }
+    Err(KernelError::Mismatch { op, dim: "batch*heads", left, left_len, right: "q", right_len })
+}
+
+/// Shape rules shared by the attention kernels.
+pub(crate) fn check_shapes(
+    op: &'static str,
+    q: [usize; 4],
+    k: [usize; 4],
+    v: [usize; 4],
+    out: [usize; 4],
+) -> Result<()> {
+    let eq = |dim, left, l: usize, right, r: usize| {
+        if l == r { Ok(()) } else { Err(KernelError::Mismatch { op, dim, left, left_len: l, right, right_len: r }) }
+    };
+    eq("batch", "q", q[0], "k", k[0])?;
+    eq("batch", "k", k[0], "v", v[0])?;
+    eq("head_dim", "q", q[3], "k", k[3])?;
+    eq("heads", "k", k[1], "v", v[1])?;
+    eq("tokens", "k", k[2], "v", v[2])?;
+    eq("batch", "q", q[0], "out", out[0])?;
+    eq("heads", "q", q[1], "out", out[1])?;
+    eq("tokens", "q", q[2], "out", out[2])?;
+    eq("head_dim", "v", v[3], "out", out[3])?;
+    if k[1] == 0 || !q[1].is_multiple_of(k[1]) {
+        return Err(KernelError::Groups { op, heads: q[1], kv_heads: k[1] });
+    }
+    Ok(())
+}

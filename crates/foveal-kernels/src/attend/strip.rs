@@ -1,0 +1,425 @@
+//! The microkernels: one strip of queries against one tile of keys.
+//!
+//! Queries lie in vector lanes. With Qᵀ packed once per strip, S = K·Qᵀ broadcasts elements of
+//! K rows against vectors of queries, and Oᵀ += Vᵀ·P broadcasts elements of V rows against
+//! vectors of weights. So K and V are read where they lie, row by row through pointers (strided,
+//! scattered and gathered rows cost the same), the softmax runs down the lanes with no
+//! horizontal step, and a mask is one bit a lane.
+//!
+//! Scores stay plain q·k until the exponential: e^(scale · (s − m)) = 2^(c · (s − m)) with
+//! c = scale · log₂ e. Scaling Q beforehand, or folding c into a multiply-add, would save one
+//! operation in seventeen there and cost a rounding that is felt at logits in the thousands.
+
+// One contract for the file: the caller runs under an instruction set that has `S`, and the
+// pointers of `Step` reach what its fields say.
+#![allow(unsafe_op_in_unsafe_fn)]
+
+use crate::exp::{LN_2, exp2, tanh};
+use crate::isa::Isa;
+use crate::simd::{Portable, Simd};
+
+/// Keys of a tile: a multiple of the 6 and 12 rows of the score microkernels, and with 64
+/// queries a tile of scores (24 KiB) stays in the first-level cache beside Qᵀ.
+pub(super) const KEY_TILE: usize = 96;
+/// Readable key pointers (and score rows) wanted behind a tile.
+pub(super) const KEY_PAD: usize = 2;
+/// Most queries of a strip on any instruction set, and the bits of a mask.
+pub(super) const MAX_STRIP: usize = 64;
+
+/// Start of a row maximum: finite, so that a masked score less it is −∞, never NaN.
+pub(super) const NO_MAX: f32 = f32::MIN;
+
+/// One strip × tile visit. `w` = `nv` · lanes.
+pub(super) struct Step {
+    /// Vectors of queries.
+    pub nv: usize,
+    /// Width of q and k rows.
+    pub d: usize,
+    /// Width of v rows.
+    pub dv: usize,
+    /// Keys, 1..=KEY_TILE.
+    pub nk: usize,
+    /// Qᵀ: `d` rows of `w`.
+    pub q: *const f32,
+    /// `nk` key rows, then KEY_PAD more readable ones.
+    pub k: *const *const f32,
+    /// `nk` value rows.
+    pub v: *const *const f32,
+    /// `nk` masks, bit i for lane i; null when every lane sees every key.
+    pub masks: *const u64,
+    /// With a softcap, the factor on q·k inside the tanh; else 0.
+    pub squash: f32,
+    /// Positive factor on scores inside the 2^x.
+    pub c: f32,
+    /// Scratch for KEY_TILE + KEY_PAD rows of `w` scores.
+    pub s: *mut f32,
+    /// Oᵀ: `dv` rows of `w`.
+    pub o: *mut f32,
+    /// Running maximum, `w`.
+    pub m: *mut f32,
+    /// Running sum, `w`.
+    pub l: *mut f32,
+}
+
+/// S rows for R keys.
+#[inline(always)]
+unsafe fn scores<S: Simd, const R: usize, const NV: usize>(d: usize, q: *const f32, k: *const *const f32, s: *mut f32) {
+    let w = NV * S::LANES;
+    let rows: [*const f32; R] = std::array::from_fn(|r| *k.add(r));
+    let mut acc = [[S::splat(0.0); NV]; R];
+    for c in 0..d {
+        let mut qv = [S::splat(0.0); NV];
+        for v in 0..NV {
+            qv[v] = S::load(q.add(c * w + v * S::LANES));
+        }
+        for r in 0..R {
+            let x = S::splat(*rows[r].add(c));
+            for v in 0..NV {
+                acc[r][v] = S::fma(x, qv[v], acc[r][v]);
+            }
+        }
+    }
+    for r in 0..R {
+        for v in 0..NV {
+            S::store(s.add(r * w + v * S::LANES), acc[r][v]);
+        }
+    }
+}
+
+/// R rows of Oᵀ, rescaled by `corr` and added to over `nk` keys; `c0` is their channel.
+#[inline(always)]
+unsafe fn values<S: Simd, const R: usize, const NV: usize>(
+    nk: usize,
+    p: *const f32,
+    v: *const *const f32,
+    c0: usize,
+    o: *mut f32,
+    corr: &[S::V; NV],
+) {
+    let w = NV * S::LANES;
+    let o = o.add(c0 * w);
+    let mut acc = [[S::splat(0.0); NV]; R];
+    for r in 0..R {
+        for x in 0..NV {
+            acc[r][x] = S::mul(S::load(o.add(r * w + x * S::LANES)), corr[x]);
+        }
+    }
+    for j in 0..nk {
+        let row = (*v.add(j)).add(c0);
+        let mut pv = [S::splat(0.0); NV];
+        for x in 0..NV {
+            pv[x] = S::load(p.add(j * w + x * S::LANES));
+        }
+        for r in 0..R {
+            let y = S::splat(*row.add(r));
+            for x in 0..NV {
+                acc[r][x] = S::fma(y, pv[x], acc[r][x]);
+            }
+        }
+    }
+    for r in 0..R {
+        for x in 0..NV {
+            S::store(o.add(r * w + x * S::LANES), acc[r][x]);
+        }
+    }
+}
+
+/// Mask, exponentiate and sum one tile of scores in place; the factor on what was there before.
+#[inline(always)]
+unsafe fn softmax<S: Simd, const NV: usize>(t: &Step) -> [S::V; NV] {
+    let w = NV * S::LANES;
+    if t.squash != 0.0 {
+        let squash = S::splat(t.squash);
+        for i in 0..t.nk * NV {
+            let at = t.s.add(i * S::LANES);
+            S::store(at, tanh::<S>(S::mul(S::load(at), squash)));
+        }
+    }
+    if !t.masks.is_null() {
+        let full = if w == 64 { u64::MAX } else { (1 << w) - 1 };
+        let none = S::splat(f32::NEG_INFINITY);
+        for j in 0..t.nk {
+            let bits = *t.masks.add(j);
+            if bits & full != full {
+                for v in 0..NV {
+                    let at = t.s.add(j * w + v * S::LANES);
+                    S::store(at, S::select((bits >> (v * S::LANES)) as u32, S::load(at), none));
+                }
+            }
+        }
+    }
+    let mut old = [S::splat(0.0); NV];
+    for v in 0..NV {
+        old[v] = S::load(t.m.add(v * S::LANES));
+    }
+    // Two chains a lane vector: one would wait for the latency of `max`.
+    let mut even = old;
+    let mut odd = old;
+    let mut j = 0;
+    while j + 1 < t.nk {
+        for v in 0..NV {
+            even[v] = S::max(even[v], S::load(t.s.add(j * w + v * S::LANES)));
+            odd[v] = S::max(odd[v], S::load(t.s.add((j + 1) * w + v * S::LANES)));
+        }
+        j += 2;
+    }
+    if j < t.nk {
+        for v in 0..NV {
+            even[v] = S::max(even[v], S::load(t.s.add(j * w + v * S::LANES)));
+        }
+    }
+    let mut corr = [S::splat(0.0); NV];
+    let mut sum = [S::splat(0.0); NV];
+    let c = S::splat(t.c);
+    for v in 0..NV {
+        even[v] = S::max(even[v], odd[v]);
+        S::store(t.m.add(v * S::LANES), even[v]);
+        corr[v] = exp2::<S>(S::mul(S::sub(old[v], even[v]), c));
+    }
+    for j in 0..t.nk {
+        for v in 0..NV {
+            let at = t.s.add(j * w + v * S::LANES);
+            let p = exp2::<S>(S::mul(S::sub(S::load(at), even[v]), c));
+            S::store(at, p);
+            sum[v] = S::add(sum[v], p);
+        }
+    }
+    for v in 0..NV {
+        let at = t.l.add(v * S::LANES);
+        S::store(at, S::fma(S::load(at), corr[v], sum[v]));
+    }
+    corr
+}
+
+/// A whole visit with R score rows a microkernel.
+#[inline(always)]
+unsafe fn step_tiled<S: Simd, const R: usize, const NV: usize>(t: &Step) {
+    let w = NV * S::LANES;
+    let mut j = 0;
+    while j + R <= t.nk {
+        scores::<S, R, NV>(t.d, t.q, t.k.add(j), t.s.add(j * w));
+        j += R;
+    }
+    while j < t.nk {
+        // The last of these may read padding rows; their scores are not looked at.
+        scores::<S, 2, NV>(t.d, t.q, t.k.add(j), t.s.add(j * w));
+        j += 2;
+    }
+    let corr = softmax::<S, NV>(t);
+    let mut c = 0;
+    while c + R <= t.dv {
+        values::<S, R, NV>(t.nk, t.s, t.v, c, t.o, &corr);
+        c += R;
+    }
+    while c + 4 <= t.dv {
+        values::<S, 4, NV>(t.nk, t.s, t.v, c, t.o, &corr);
+        c += 4;
+    }
+    while c < t.dv {
+        values::<S, 1, NV>(t.nk, t.s, t.v, c, t.o, &corr);
+        c += 1;
+    }
+}
+
+/// Rows of the microkernel are chosen so that accumulators, one set of query vectors and a
+/// broadcast fill the register file: 32 vectors with 16 lanes, 16 otherwise.
+#[inline(always)]
+unsafe fn step_on<S: Simd>(t: &Step) {
+    match (S::LANES, t.nv) {
+        (16, 1) => step_tiled::<S, 12, 1>(t),
+        (16, 2) => step_tiled::<S, 8, 2>(t),
+        (16, 3) => step_tiled::<S, 8, 3>(t),
+        (16, _) => step_tiled::<S, 6, 4>(t),
+        (_, 1) => step_tiled::<S, 8, 1>(t),
+        (_, _) => step_tiled::<S, 6, 2>(t),
+    }
+}
+
+/// Transpose `rows` (each `n` wide) times `scale` into `n` rows of `w`, lanes past the rows zero.
+#[inline(always)]
+unsafe fn pack_on(rows: &[*const f32], n: usize, scale: f32, w: usize, to: *mut f32) {
+    let full = rows.len() / 4 * 4;
+    let mut i = 0;
+    while i < full {
+        let r: [*const f32; 4] = std::array::from_fn(|x| rows[i + x]);
+        let mut c = 0;
+        while c + 4 <= n {
+            let x: [[f32; 4]; 4] = std::array::from_fn(|y| r[y].add(c).cast::<[f32; 4]>().read_unaligned());
+            for y in 0..4 {
+                let line = [x[0][y] * scale, x[1][y] * scale, x[2][y] * scale, x[3][y] * scale];
+                to.add((c + y) * w + i).cast::<[f32; 4]>().write_unaligned(line);
+            }
+            c += 4;
+        }
+        while c < n {
+            for y in 0..4 {
+                *to.add(c * w + i + y) = *r[y].add(c) * scale;
+            }
+            c += 1;
+        }
+        i += 4;
+    }
+    for i in full..w {
+        for c in 0..n {
+            *to.add(c * w + i) = if i < rows.len() { *rows[i].add(c) * scale } else { 0.0 };
+        }
+    }
+}
+
+/// What remains once all keys are seen: sink, division, and rows out of Oᵀ.
+pub(super) struct Finish<'a> {
+    /// Strip width.
+    pub w: usize,
+    /// Width of v rows.
+    pub dv: usize,
+    /// Oᵀ.
+    pub o: *const f32,
+    /// Running maxima of plain scores.
+    pub m: *const f32,
+    /// Running sums.
+    pub l: *const f32,
+    /// Factor on scores inside the 2^x, as in [`Step`].
+    pub c: f32,
+    /// Sink logit times log₂ e.
+    pub sink: Option<f32>,
+    /// Output rows.
+    pub rows: &'a [*mut f32],
+    /// Natural log-sum-exp of each row.
+    pub lse: *mut f32,
+}
+
+#[inline(always)]
+unsafe fn finish_on(f: &Finish) {
+    let mut factor = [0f32; MAX_STRIP];
+    for i in 0..f.rows.len() {
+        let (m, l) = (*f.m.add(i) * f.c, *f.l.add(i));
+        let (mut top, mut sum, mut keep) = (m, l, 1.0);
+        if let Some(s) = f.sink {
+            top = m.max(s);
+            keep = (m - top).exp2();
+            sum = l * keep + (s - top).exp2();
+        }
+        // A row that saw no key has l = 0. A NaN sum must reach the output, so no `sum > 0`.
+        let none = sum == 0.0;
+        *f.lse.add(i) = if none { f32::NEG_INFINITY } else { top * LN_2 + sum.ln() };
+        factor[i] = if l == 0.0 { 0.0 } else { keep / sum };
+    }
+    let n = f.rows.len();
+    let mut i = 0;
+    while i < n {
+        let many = (n - i).min(4);
+        let mut c = 0;
+        if many == 4 {
+            while c + 4 <= f.dv {
+                let x: [[f32; 4]; 4] =
+                    std::array::from_fn(|y| f.o.add((c + y) * f.w + i).cast::<[f32; 4]>().read_unaligned());
+                for y in 0..4 {
+                    let k = factor[i + y];
+                    let line = [x[0][y] * k, x[1][y] * k, x[2][y] * k, x[3][y] * k];
+                    f.rows[i + y].add(c).cast::<[f32; 4]>().write_unaligned(line);
+                }
+                c += 4;
+            }
+        }
+        while c < f.dv {
+            for y in i..i + many {
+                *f.rows[y].add(c) = *f.o.add(c * f.w + y) * factor[y];
+            }
+            c += 1;
+        }
+        i += many;
+    }
+}
+
+#[inline(always)]
+unsafe fn widen_on<S: Simd>(from: *const u16, n: usize, to: *mut f32) {
+    let mut c = 0;
+    while c + S::LANES <= n {
+        S::store(to.add(c), S::load_bf16(from.add(c)));
+        c += S::LANES;
+    }
+    while c < n {
+        *to.add(c) = f32::from_bits(u32::from(*from.add(c)) << 16);
+        c += 1;
+    }
+}
+
+/// The kernels of one instruction set.
+pub(super) struct Kernels {
+    /// Lanes of a vector.
+    pub lanes: usize,
+    /// Vectors of a full strip.
+    pub vecs: usize,
+    /// One strip × tile visit.
+    pub step: unsafe fn(&Step),
+    /// Rows → transposed strip: (rows, row width, scale, strip width, target).
+    pub pack: unsafe fn(&[*const f32], usize, f32, usize, *mut f32),
+    /// Strip → rows.
+    pub finish: unsafe fn(&Finish),
+    /// bf16 bits → f32.
+    pub widen: unsafe fn(*const u16, usize, *mut f32),
+}
+
+impl Kernels {
+    /// The kernels for `isa`, lowered to what the machine has.
+    pub(super) fn of(isa: Isa) -> &'static Kernels {
+        match isa.min(Isa::detect()) {
+            Isa::Portable => &PORTABLE,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => &x86::AVX2,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 | Isa::Amx => &x86::AVX512,
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => &PORTABLE,
+        }
+    }
+}
+
+static PORTABLE: Kernels = Kernels {
+    lanes: Portable::LANES,
+    vecs: 2,
+    step: step_on::<Portable>,
+    pack: pack_on,
+    finish: finish_on,
+    widen: widen_on::<Portable>,
+};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::*;
+    use crate::simd::{Avx2, Avx512};
+
+    macro_rules! kernels {
+        ($name:ident, $set:ty, $features:literal, $vecs:literal, $module:ident) => {
+            mod $module {
+                use super::*;
+                #[target_feature(enable = $features)]
+                pub(super) unsafe fn step(t: &Step) {
+                    step_on::<$set>(t)
+                }
+                #[target_feature(enable = $features)]
+                pub(super) unsafe fn pack(rows: &[*const f32], n: usize, scale: f32, w: usize, to: *mut f32) {
+                    pack_on(rows, n, scale, w, to)
+                }
+                #[target_feature(enable = $features)]
+                pub(super) unsafe fn finish(f: &Finish) {
+                    finish_on(f)
+                }
+                #[target_feature(enable = $features)]
+                pub(super) unsafe fn widen(from: *const u16, n: usize, to: *mut f32) {
+                    widen_on::<$set>(from, n, to)
+                }
+            }
+            pub(super) static $name: Kernels = Kernels {
+                lanes: <$set>::LANES,
+                vecs: $vecs,
+                step: $module::step,
+                pack: $module::pack,
+                finish: $module::finish,
+                widen: $module::widen,
+            };
+        };
+    }
+    kernels!(AVX2, Avx2, "avx2,fma", 2, avx2);
+    kernels!(AVX512, Avx512, "avx512f,avx512bw,avx512dq,avx512vl", 4, avx512);
+}

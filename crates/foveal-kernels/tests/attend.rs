@@ -1,0 +1,472 @@
+//! The tiled kernel against the f64 twin, under every instruction set of the machine.
+//!
+//! Error rule: max|out − ref64| ≤ 2 · max|simple f32 − ref64|, with a floor for cases in which
+//! the simple version happens to be (nearly) exact.
+
+use foveal_kernels::{Attend, BlockTable, Element, HeadKeys, HeadTable, Isa, KeyLists, View, ViewMut, Work};
+use foveal_kernels::{attend_indexed, twin};
+use half::bf16;
+
+/// Splitmix: a few lines, seeded, the same everywhere.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+    fn unit(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u32 << 24) as f32
+    }
+    /// Roughly normal.
+    fn normal(&mut self) -> f32 {
+        (0..6).map(|_| self.unit() - 0.5).sum::<f32>() * std::f32::consts::SQRT_2
+    }
+    fn below(&mut self, n: usize) -> usize {
+        (self.next() % n.max(1) as u64) as usize
+    }
+}
+
+/// A problem; `std` scales q and k.
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    b: usize,
+    h: usize,
+    hkv: usize,
+    tq: usize,
+    tk: usize,
+    d: usize,
+    dv: usize,
+    std: f32,
+    seed: u64,
+}
+
+const BASE: Shape = Shape { b: 1, h: 2, hkv: 1, tq: 70, tk: 130, d: 64, dv: 64, std: 1.0, seed: 1 };
+
+struct Data<T> {
+    q: Vec<T>,
+    k: Vec<T>,
+    v: Vec<T>,
+}
+
+fn data<T: Element>(s: Shape) -> Data<T> {
+    let mut r = Rng(s.seed);
+    let mut fill = |n: usize, std: f32| (0..n).map(|_| T::from_f32(r.normal() * std)).collect();
+    Data {
+        q: fill(s.b * s.h * s.tq * s.d, s.std),
+        k: fill(s.b * s.hkv * s.tk * s.d, s.std),
+        v: fill(s.b * s.hkv * s.tk * s.dv, 1.0),
+    }
+}
+
+fn f64s<T: Element>(x: &[T]) -> Vec<f64> {
+    x.iter().map(|x| f64::from(x.to_f32())).collect()
+}
+
+/// Two-pass attention in f32, in the plainest order.
+fn simple<T: Element>(
+    s: Shape,
+    x: &Data<T>,
+    p: &Attend,
+    visible: &dyn Fn(usize, usize, usize, usize) -> bool,
+) -> Vec<f32> {
+    let mut out = vec![0f32; s.b * s.h * s.tq * s.dv];
+    for b in 0..s.b {
+        for h in 0..s.h {
+            let kv = b * s.hkv + h / (s.h / s.hkv);
+            for i in 0..s.tq {
+                let r = (b * s.h + h) * s.tq + i;
+                let mut scores = Vec::new();
+                for j in (0..s.tk).filter(|&j| visible(b, h, i, j)) {
+                    let mut a = 0f32;
+                    for c in 0..s.d {
+                        a += x.q[r * s.d + c].to_f32() * x.k[(kv * s.tk + j) * s.d + c].to_f32();
+                    }
+                    a *= p.scale;
+                    scores.push((j, p.softcap.map_or(a, |c| c * (a / c).tanh())));
+                }
+                let sink = p.sinks.map(|s| s[h]);
+                let m = scores.iter().map(|x| x.1).chain(sink).fold(f32::NEG_INFINITY, f32::max);
+                let l: f32 = scores.iter().map(|x| x.1).chain(sink).map(|x| (x - m).exp()).sum();
+                for (j, a) in scores {
+                    let w = (a - m).exp() / l;
+                    for c in 0..s.dv {
+                        out[r * s.dv + c] += w * x.v[(kv * s.tk + j) * s.dv + c].to_f32();
+                    }
+                }
+            }
+        }
+    }
+    out
+}
+
+fn worst(a: impl Iterator<Item = f64>, b: &[f64]) -> f64 {
+    a.zip(b)
+        .map(|(a, b)| if a == *b { 0.0 } else { (a - b).abs() })
+        .fold(0.0, |m, e| if e > m || e.is_nan() { e } else { m })
+}
+
+fn views<'a, T: Element>(s: Shape, x: &'a Data<T>) -> [View<'a, T>; 3] {
+    [
+        View::contiguous("q", &x.q, [s.b, s.h, s.tq, s.d]).unwrap(),
+        View::contiguous("k", &x.k, [s.b, s.hkv, s.tk, s.d]).unwrap(),
+        View::contiguous("v", &x.v, [s.b, s.hkv, s.tk, s.dv]).unwrap(),
+    ]
+}
+
+fn call<T: Element>(s: Shape, x: &Data<T>, p: &Attend, lists: Option<&KeyLists>) -> (Vec<f32>, Vec<f32>, Work) {
+    let [q, k, v] = views(s, x);
+    // Poisoned, so that a row left unwritten shows.
+    let mut out = vec![f32::NAN; s.b * s.h * s.tq * s.dv];
+    let mut lse = vec![f32::NAN; s.b * s.h * s.tq];
+    let mut o = ViewMut::contiguous("out", &mut out, [s.b, s.h, s.tq, s.dv]).unwrap();
+    let work = match lists {
+        None => p.run(&q, &k, &v, &mut o, Some(&mut lse)),
+        Some(l) => attend_indexed(p, l, &q, &k, &v, &mut o, Some(&mut lse)),
+    }
+    .unwrap();
+    (out, lse, work)
+}
+
+/// Does (b, h, i, j) pass the causal and window rules of `p`?
+fn allowed(s: Shape, p: &Attend, i: usize, j: usize) -> bool {
+    let (i, j, off) = (i as isize, j as isize, s.tk as isize - s.tq as isize);
+    !p.causal || (j <= i + off && p.window.is_none_or(|w| j > i + off - w as isize))
+}
+
+fn check_as<T: Element>(
+    s: Shape,
+    p: &Attend,
+    lists: Option<&KeyLists>,
+    visible: &dyn Fn(usize, usize, usize, usize) -> bool,
+) {
+    let x = data::<T>(s);
+    let visible = |b: usize, h: usize, i: usize, j: usize| allowed(s, p, i, j) && visible(b, h, i, j);
+    let sinks: Option<Vec<f64>> = p.sinks.map(f64s);
+    let (want, want_lse) = twin::attend(
+        &f64s(&x.q),
+        &f64s(&x.k),
+        &f64s(&x.v),
+        [s.b, s.h, s.tq, s.d],
+        [s.hkv, s.tk, s.dv],
+        f64::from(p.scale),
+        p.softcap.map(f64::from),
+        sinks.as_deref(),
+        &visible,
+    );
+    let plain = simple(s, &x, p, &visible);
+    let bound = 2.0 * worst(plain.iter().map(|&x| f64::from(x)), &want) + 3e-7;
+    let mut work = None;
+    for isa in Isa::available() {
+        let (out, lse, w) = call(s, &x, &p.clone().isa(isa), lists);
+        let err = worst(out.iter().map(|&x| f64::from(x)), &want);
+        // P and V are rounded to bf16 between the tiles of AMX.
+        let bound = if T::NAME == "bf16" && isa == Isa::Amx { bound.max(0.01) } else { bound };
+        assert!(err <= bound, "{isa} {} {s:?}: error {err:e} over {bound:e}", T::NAME);
+        let top = want_lse.iter().filter(|x| x.is_finite()).fold(1f64, |m, x| m.max(x.abs()));
+        let err = worst(lse.iter().map(|&x| f64::from(x)), &want_lse);
+        assert!(err <= top * 2e-6, "{isa} {} {s:?}: lse error {err:e}", T::NAME);
+        for (r, l) in want_lse.iter().enumerate().filter(|x| *x.1 == f64::NEG_INFINITY) {
+            assert_eq!(lse[r], f32::NEG_INFINITY, "row {r} of lse {l}");
+            assert!(out[r * s.dv..(r + 1) * s.dv].iter().all(|&x| x == 0.0), "row {r}");
+        }
+        assert_eq!(*work.get_or_insert(w), w, "{isa}: work differs");
+    }
+}
+
+fn check(s: Shape, p: &Attend, lists: Option<&KeyLists>, visible: &dyn Fn(usize, usize, usize, usize) -> bool) {
+    check_as::<f32>(s, p, lists, visible);
+    check_as::<bf16>(s, p, lists, visible);
+}
+
+fn all(_: usize, _: usize, _: usize, _: usize) -> bool {
+    true
+}
+
+fn scaled(s: Shape) -> Attend<'static> {
+    Attend::new(1.0 / (s.d.max(1) as f32).sqrt())
+}
+
+#[test]
+fn head_widths() {
+    for (d, dv) in [(1, 1), (5, 3), (7, 64), (64, 64), (80, 80), (96, 32), (128, 128), (256, 256), (33, 65)] {
+        let s = Shape { d, dv, tq: 37, tk: 101, ..BASE };
+        check(s, &scaled(s).causal(true), None, &all);
+        check(s, &scaled(s), None, &all);
+    }
+}
+
+#[test]
+fn lengths() {
+    for (tq, tk) in
+        [(1, 1), (1, 300), (3, 2), (16, 16), (17, 31), (64, 64), (65, 97), (128, 128), (200, 90), (90, 200), (300, 300)]
+    {
+        for causal in [false, true] {
+            let s = Shape { tq, tk, d: 20, dv: 12, ..BASE };
+            check(s, &scaled(s).causal(causal), None, &all);
+        }
+    }
+}
+
+#[test]
+fn batches_and_groups() {
+    for (b, h, hkv) in [(0, 2, 1), (2, 6, 2), (3, 4, 4), (1, 7, 1)] {
+        let s = Shape { b, h, hkv, tq: 33, tk: 70, d: 16, dv: 24, ..BASE };
+        check(s, &scaled(s).causal(true), None, &all);
+    }
+}
+
+#[test]
+fn no_keys_no_queries() {
+    for (tq, tk) in [(5, 0), (0, 5), (0, 0)] {
+        let s = Shape { tq, tk, ..BASE };
+        check(s, &scaled(s), None, &all);
+        check(s, &scaled(s).causal(true), None, &all);
+    }
+}
+
+#[test]
+fn windows() {
+    for (tq, tk) in [(150, 150), (70, 260), (130, 60)] {
+        for w in [1, 2, 17, 64, 100, 1000] {
+            let s = Shape { tq, tk, d: 24, dv: 16, ..BASE };
+            check(s, &scaled(s).causal(true).window(Some(w)), None, &all);
+        }
+    }
+}
+
+#[test]
+fn extreme_logits() {
+    // Scores of about ±1e4: sums must neither overflow nor lose the winner.
+    for std in [30.0, 100.0] {
+        let s = Shape { std, d: 64, tq: 40, tk: 200, ..BASE };
+        check(s, &scaled(s), None, &all);
+        check(s, &scaled(s).causal(true), None, &all);
+    }
+}
+
+#[test]
+fn odd_scales() {
+    for scale in [0.0, -0.3, 3.0] {
+        check(BASE, &Attend::new(scale).causal(true), None, &all);
+    }
+}
+
+#[test]
+fn softcap_and_sinks() {
+    let sinks = [0.7f32, -3.0];
+    for (std, cap) in [(1.0, 50.0), (3.0, 20.0), (8.0, 5.0)] {
+        let s = Shape { std, ..BASE };
+        let mut p = scaled(s).causal(true);
+        p.softcap = Some(cap);
+        check(s, &p, None, &all);
+        p.sinks = Some(&sinks);
+        check(s, &p, None, &all);
+        p.softcap = None;
+        check(s, &p, None, &all);
+    }
+    // More queries than keys: the first rows see the sink alone.
+    let s = Shape { tq: 50, tk: 20, ..BASE };
+    let mut p = scaled(s).causal(true);
+    p.sinks = Some(&sinks);
+    check(s, &p, None, &all);
+}
+
+fn random_table(s: Shape, r: &mut Rng, bq: usize, bk: usize, density: f32, marks: bool) -> BlockTable {
+    let heads = (0..s.b * s.h)
+        .map(|_| {
+            let lists = (0..s.tq.div_ceil(bq))
+                .map(|_| (0..s.tk.div_ceil(bk) as u32).filter(|_| r.unit() < density).collect())
+                .collect();
+            let mut t = HeadTable::from_lists(bq, bk, lists);
+            if marks {
+                t.rows = Some(t.blocks.iter().map(|_| r.next() & r.next()).collect());
+            }
+            t
+        })
+        .collect();
+    BlockTable { heads }
+}
+
+fn in_table(s: Shape, t: &BlockTable, b: usize, h: usize, i: usize, j: usize) -> bool {
+    let t = &t.heads[b * s.h + h];
+    let qb = i / t.block_q;
+    let Some(e) = t.row(qb).iter().position(|&x| x as usize == j / t.block_k) else { return false };
+    t.rows.as_ref().is_none_or(|m| m[t.indptr[qb] + e] >> (i % t.block_q) & 1 == 1)
+}
+
+#[test]
+fn block_tables() {
+    let mut r = Rng(5);
+    let blocks = [(1, 1), (3, 5), (16, 16), (64, 64), (64, 1), (48, 32), (100, 64), (128, 128), (512, 512), (7, 200)];
+    for (bq, bk) in blocks {
+        for density in [0.0, 0.2, 0.6] {
+            for causal in [false, true] {
+                let s = Shape { b: 2, tq: 150, tk: 210, d: 16, dv: 16, ..BASE };
+                let t = random_table(s, &mut r, bq, bk, density, false);
+                let visible = |b, h, i, j| in_table(s, &t, b, h, i, j);
+                check(s, &scaled(s).causal(causal).table(Some(&t)), None, &visible);
+                if bq <= 64 {
+                    let t = random_table(s, &mut r, bq, bk, density, true);
+                    let visible = |b, h, i, j| in_table(s, &t, b, h, i, j);
+                    check(s, &scaled(s).causal(causal).table(Some(&t)), None, &visible);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn table_with_window_and_long_blocks() {
+    let mut r = Rng(6);
+    let s = Shape { tq: 600, tk: 700, d: 8, dv: 8, ..BASE };
+    for (bq, bk) in [(300, 100), (512, 64), (64, 512)] {
+        let t = random_table(s, &mut r, bq, bk, 0.5, false);
+        let visible = |b, h, i, j| in_table(s, &t, b, h, i, j);
+        check(s, &scaled(s).causal(true).window(Some(150)).table(Some(&t)), None, &visible);
+    }
+}
+
+#[test]
+fn key_lists() {
+    let mut r = Rng(7);
+    for group in [1, 2, 3, 5, 16, 64, 100, 1000] {
+        for causal in [false, true] {
+            let s = Shape { b: 2, tq: 130, tk: 190, d: 40, dv: 24, ..BASE };
+            let heads: Vec<HeadKeys> = (0..s.b * s.h)
+                .map(|_| {
+                    let lists = (0..s.tq.div_ceil(group))
+                        .map(|_| (0..r.below(80)).map(|_| r.below(s.tk) as u32).collect())
+                        .collect();
+                    HeadKeys::from_lists(group, lists)
+                })
+                .collect();
+            let l = KeyLists { heads };
+            let visible = |b: usize, h: usize, i: usize, j: usize| {
+                l.heads[b * s.h + h].row(i / group).binary_search(&(j as u32)).is_ok()
+            };
+            check(s, &scaled(s).causal(causal), Some(&l), &visible);
+        }
+    }
+}
+
+#[test]
+fn strided_operands() {
+    // (B, T, H, D) memory with gaps, against the same numbers laid out plainly.
+    let s = Shape { b: 2, h: 4, hkv: 2, tq: 75, tk: 110, d: 20, dv: 12, ..BASE };
+    let x = data::<f32>(s);
+    let spread = |x: &[f32], [b, h, t, d]: [usize; 4], pad: usize| {
+        let strides = [t * h * (d + pad), d + pad, h * (d + pad)];
+        let mut y = vec![f32::NAN; b * strides[0]];
+        for i in 0..b * h * t {
+            let (bi, hi, ti) = (i / (h * t), i / t % h, i % t);
+            let at = bi * strides[0] + hi * strides[1] + ti * strides[2];
+            y[at..at + d].copy_from_slice(&x[i * d..(i + 1) * d]);
+        }
+        (y, strides)
+    };
+    let (qs, ks, vs, os) =
+        ([s.b, s.h, s.tq, s.d], [s.b, s.hkv, s.tk, s.d], [s.b, s.hkv, s.tk, s.dv], [s.b, s.h, s.tq, s.dv]);
+    let (q, qst) = spread(&x.q, qs, 3);
+    let (k, kst) = spread(&x.k, ks, 1);
+    let (v, vst) = spread(&x.v, vs, 5);
+    for isa in Isa::available() {
+        let p = scaled(s).causal(true).isa(isa);
+        let (want, want_lse, _) = call(s, &x, &p, None);
+        let (mut out, ost) = spread(&want, os, 2);
+        out.fill(-7.0);
+        let mut lse = vec![0f32; want_lse.len()];
+        p.run(
+            &View::new("q", &q, qs, qst).unwrap(),
+            &View::new("k", &k, ks, kst).unwrap(),
+            &View::new("v", &v, vs, vst).unwrap(),
+            &mut ViewMut::new("out", &mut out, os, ost).unwrap(),
+            Some(&mut lse),
+        )
+        .unwrap();
+        let (mut expect, _) = spread(&want, os, 2);
+        expect.iter_mut().for_each(|x| *x = if x.is_nan() { -7.0 } else { *x });
+        assert!(out == expect, "{isa}: rows differ or the gaps between them were touched");
+        assert_eq!(lse, want_lse);
+    }
+}
+
+#[test]
+fn prefix_of_a_causal_call_is_the_call_on_the_prefix() {
+    let s = Shape { tq: 200, tk: 200, d: 32, dv: 32, ..BASE };
+    for isa in Isa::available() {
+        let x = data::<f32>(s);
+        let p = scaled(s).causal(true).isa(isa);
+        let (whole, ..) = call(s, &x, &p, None);
+        for n in [1, 63, 64, 100, 199] {
+            let cut = |x: &[f32], t: usize, heads: usize, d: usize| -> Vec<f32> {
+                (0..heads).flat_map(|h| x[h * t * d..(h * t + n) * d].to_vec()).collect()
+            };
+            let part =
+                Data { q: cut(&x.q, s.tq, s.h, s.d), k: cut(&x.k, s.tk, s.hkv, s.d), v: cut(&x.v, s.tk, s.hkv, s.dv) };
+            let (out, ..) = call(Shape { tq: n, tk: n, ..s }, &part, &p, None);
+            let want = cut(&whole, s.tq, s.h, s.dv);
+            let err = worst(out.iter().map(|&x| f64::from(x)), &f64s(&want));
+            assert!(err < 1e-6, "{isa} prefix {n}: {err:e}");
+        }
+        // The future may be anything, even NaN.
+        let mut y = data::<f32>(s);
+        for c in 0..s.d {
+            y.k[150 * s.d + c] = f32::NAN;
+            y.v[150 * s.dv + c] = f32::NAN;
+        }
+        let (out, ..) = call(s, &y, &p, None);
+        for h in 0..s.h {
+            let rows = |x: &[f32], a: usize, b: usize| x[(h * s.tq + a) * s.dv..(h * s.tq + b) * s.dv].to_vec();
+            // A tile is masked after the fact, so values of weight zero must not leak NaN.
+            assert_eq!(rows(&out, 0, 64), rows(&whole, 0, 64), "{isa}");
+            assert!(rows(&out, 150, 200).iter().all(|x| x.is_nan()), "{isa}: NaN must not be hidden");
+        }
+    }
+}
+
+#[test]
+fn work_counts_what_is_visited() {
+    let s = Shape { h: 1, tq: 256, tk: 256, d: 16, dv: 8, ..BASE };
+    let x = data::<f32>(s);
+    let (.., dense) = call(s, &x, &scaled(s), None);
+    assert_eq!((dense.pairs, dense.tiles), (256 * 256, 16));
+    assert_eq!(dense.flops, 2 * dense.pairs * 24);
+    // Four tiles of 64 queries, each reading q, o and 256 keys.
+    assert_eq!(dense.bytes, 4 * (4 * 256 * 24 + 64 * (4 * 16 + 4 * 8)));
+    let (.., causal) = call(s, &x, &scaled(s).causal(true), None);
+    assert_eq!((causal.pairs, causal.tiles), (64 * 64 * 10, 10));
+    let diagonal = HeadTable::from_lists(64, 64, (0..4).map(|i| vec![i]).collect());
+    let t = BlockTable { heads: vec![diagonal] };
+    let (.., sparse) = call(s, &x, &scaled(s).table(Some(&t)), None);
+    assert_eq!((sparse.pairs, sparse.tiles), (64 * 64 * 4, 4));
+    assert_eq!(sparse.pairs * 4, dense.pairs);
+    // A block above the diagonal costs nothing.
+    let above = HeadTable::from_lists(64, 64, (0..4).map(|_| vec![3]).collect());
+    let t = BlockTable { heads: vec![above] };
+    let (.., w) = call(s, &x, &scaled(s).causal(true).table(Some(&t)), None);
+    assert_eq!((w.pairs, w.tiles), (64 * 64, 1));
+}
+
+#[test]
+fn wrong_calls_are_refused() {
+    let s = BASE;
+    let x = data::<f32>(s);
+    let [q, k, v] = views(s, &x);
+    let mut out = vec![0f32; s.h * s.tq * s.dv];
+    let mut o = ViewMut::contiguous("out", &mut out, [s.b, s.h, s.tq, s.dv]).unwrap();
+    let p = scaled(s);
+    assert!(p.run(&q, &k, &v, &mut o, Some(&mut [0.0; 3])).is_err(), "short lse");
+    let sinks = [1.0f32; 3];
+    let mut bad = p.clone();
+    bad.sinks = Some(&sinks);
+    assert!(bad.run(&q, &k, &v, &mut o, None).is_err(), "sinks of another head count");
+    let t = BlockTable { heads: vec![] };
+    assert!(p.clone().table(Some(&t)).run(&q, &k, &v, &mut o, None).is_err(), "table of no heads");
+    let l = KeyLists { heads: vec![] };
+    assert!(attend_indexed(&p, &l, &q, &k, &v, &mut o, None).is_err(), "lists of no heads");
+    assert!(attend_indexed(&p.clone().table(Some(&t)), &l, &q, &k, &v, &mut o, None).is_err(), "both");
+    assert!(p.run(&q, &v, &k, &mut ViewMut::contiguous("out", &mut [0.0; 4], [1, 1, 1, 4]).unwrap(), None).is_err());
+}
