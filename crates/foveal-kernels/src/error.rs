@@ -64,3 +64,18 @@ pub enum KernelError {
 
 /// Result of a kernel call.
 pub type Result<T> = std::result::Result<T, KernelError>;
+
+/// Error unless the two lengths are equal.
+pub(crate) fn same(
+    op: &'static str,
+    dim: &'static str,
+    left: &'static str,
+    a: usize,
+    right: &'static str,
+    b: usize,
+) -> Result<()> {
+    if a == b {
+        return Ok(());
+    }
+    Err(KernelError::Mismatch { op, dim, left, left_len: a, right, right_len: b })
+}

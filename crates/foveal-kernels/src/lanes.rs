@@ -2,15 +2,14 @@
 //!
 //! A kernel written once over [`Lanes`] with `#[inline(always)]` bodies becomes AVX-512,
 //! AVX2 or portable code by being called from a function with that target feature
-//! (see [`with_lanes!`]).
+//! (see [`crate::dispatch`]).
 
 /// Sixteen f32 values.
 ///
 /// # Safety
 /// Every method may use the instructions of its implementor: call it only from code that
-/// was entered through [`with_lanes!`] with an [`crate::Isa`] the machine has. Pointer
+/// was entered through [`crate::dispatch`] with an [`crate::Isa`] the machine has. Pointer
 /// arguments must be valid for the 16 elements (no alignment needed).
-#[allow(dead_code)] // `max`, `load_bf16` and `sum` serve decode
 pub(crate) trait Lanes: Copy {
     /// Rows of a GEMM register block that fit beside two 16-wide panels of weights.
     const ROWS: usize;
@@ -21,39 +20,32 @@ pub(crate) trait Lanes: Copy {
     unsafe fn mul(self, o: Self) -> Self;
     /// self · a + b. Fused where the instruction set has it.
     unsafe fn mul_add(self, a: Self, b: Self) -> Self;
-    unsafe fn max(self, o: Self) -> Self;
-    /// 16 consecutive bf16.
-    unsafe fn load_bf16(p: *const u16) -> Self;
     /// 16 consecutive pairs of bf16: (first of each pair, second of each pair).
     unsafe fn load_bf16_pairs(p: *const u16) -> (Self, Self);
-    /// 16 consecutive int8.
-    unsafe fn load_i8(p: *const i8) -> Self;
     /// 16 consecutive quads of int8: the first two of each quad, or the last two.
     unsafe fn load_i8_quads(p: *const i8, last: bool) -> (Self, Self);
     /// 16 consecutive non-negative finite f16.
     unsafe fn load_f16_positive(p: *const u16) -> Self;
-    /// Sum of the 16 lanes.
-    unsafe fn sum(self) -> f32;
 }
 
 /// Plain Rust lanes.
 #[derive(Clone, Copy)]
-pub(crate) struct Plain([f32; 16]);
+pub(crate) struct Portable([f32; 16]);
 
 /// f16 magnitude bits shifted into f32 position are the value times 2^-112.
 const F16_REBIAS: f32 = f32::from_bits((127 + 112) << 23);
 
 // SAFETY (whole impl): plain loads and stores of 16 elements that the caller vouches for.
-impl Lanes for Plain {
+impl Lanes for Portable {
     const ROWS: usize = 2;
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
-        Plain([x; 16])
+        Portable([x; 16])
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self {
         // SAFETY: by the trait's contract.
-        Plain(unsafe { p.cast::<[f32; 16]>().read_unaligned() })
+        Portable(unsafe { p.cast::<[f32; 16]>().read_unaligned() })
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
@@ -62,59 +54,37 @@ impl Lanes for Plain {
     }
     #[inline(always)]
     unsafe fn add(self, o: Self) -> Self {
-        Plain(std::array::from_fn(|i| self.0[i] + o.0[i]))
+        Portable(std::array::from_fn(|i| self.0[i] + o.0[i]))
     }
     #[inline(always)]
     unsafe fn mul(self, o: Self) -> Self {
-        Plain(std::array::from_fn(|i| self.0[i] * o.0[i]))
+        Portable(std::array::from_fn(|i| self.0[i] * o.0[i]))
     }
     #[inline(always)]
     unsafe fn mul_add(self, a: Self, b: Self) -> Self {
-        Plain(std::array::from_fn(|i| self.0[i] * a.0[i] + b.0[i]))
-    }
-    #[inline(always)]
-    unsafe fn max(self, o: Self) -> Self {
-        Plain(std::array::from_fn(|i| if self.0[i] > o.0[i] { self.0[i] } else { o.0[i] }))
-    }
-    #[inline(always)]
-    unsafe fn load_bf16(p: *const u16) -> Self {
-        // SAFETY: by the trait's contract.
-        let x = unsafe { p.cast::<[u16; 16]>().read_unaligned() };
-        Plain(x.map(|b| f32::from_bits(u32::from(b) << 16)))
+        Portable(std::array::from_fn(|i| self.0[i] * a.0[i] + b.0[i]))
     }
     #[inline(always)]
     unsafe fn load_bf16_pairs(p: *const u16) -> (Self, Self) {
         // SAFETY: by the trait's contract.
         let x = unsafe { p.cast::<[[u16; 2]; 16]>().read_unaligned() };
         (
-            Plain(x.map(|b| f32::from_bits(u32::from(b[0]) << 16))),
-            Plain(x.map(|b| f32::from_bits(u32::from(b[1]) << 16))),
+            Portable(x.map(|b| f32::from_bits(u32::from(b[0]) << 16))),
+            Portable(x.map(|b| f32::from_bits(u32::from(b[1]) << 16))),
         )
-    }
-    #[inline(always)]
-    unsafe fn load_i8(p: *const i8) -> Self {
-        // SAFETY: by the trait's contract.
-        let x = unsafe { p.cast::<[i8; 16]>().read_unaligned() };
-        Plain(x.map(f32::from))
     }
     #[inline(always)]
     unsafe fn load_i8_quads(p: *const i8, last: bool) -> (Self, Self) {
         // SAFETY: by the trait's contract.
         let x = unsafe { p.cast::<[[i8; 4]; 16]>().read_unaligned() };
         let at = if last { 2 } else { 0 };
-        (Plain(x.map(|b| f32::from(b[at]))), Plain(x.map(|b| f32::from(b[at + 1]))))
+        (Portable(x.map(|b| f32::from(b[at]))), Portable(x.map(|b| f32::from(b[at + 1]))))
     }
     #[inline(always)]
     unsafe fn load_f16_positive(p: *const u16) -> Self {
         // SAFETY: by the trait's contract.
         let x = unsafe { p.cast::<[u16; 16]>().read_unaligned() };
-        Plain(x.map(|b| f32::from_bits(u32::from(b) << 13) * F16_REBIAS))
-    }
-    #[inline(always)]
-    unsafe fn sum(self) -> f32 {
-        let a: [f32; 8] = std::array::from_fn(|i| self.0[i] + self.0[i + 8]);
-        let b: [f32; 4] = std::array::from_fn(|i| a[i] + a[i + 4]);
-        (b[0] + b[2]) + (b[1] + b[3])
+        Portable(x.map(|b| f32::from_bits(u32::from(b) << 13) * F16_REBIAS))
     }
 }
 
@@ -170,20 +140,6 @@ mod x86 {
             unsafe { Avx2(_mm256_fmadd_ps(self.0, a.0, b.0), _mm256_fmadd_ps(self.1, a.1, b.1)) }
         }
         #[inline(always)]
-        unsafe fn max(self, o: Self) -> Self {
-            // SAFETY: the caller has AVX2.
-            unsafe { Avx2(_mm256_max_ps(self.0, o.0), _mm256_max_ps(self.1, o.1)) }
-        }
-        #[inline(always)]
-        unsafe fn load_bf16(p: *const u16) -> Self {
-            // SAFETY: the caller has AVX2 and 16 readable elements.
-            unsafe {
-                let a = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())));
-                let b = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(8).cast())));
-                Avx2(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b))
-            }
-        }
-        #[inline(always)]
         unsafe fn load_bf16_pairs(p: *const u16) -> (Self, Self) {
             // SAFETY: the caller has AVX2 and 32 readable elements.
             unsafe {
@@ -195,15 +151,6 @@ mod x86 {
                     Avx2(_mm256_castsi256_ps(a_lo), _mm256_castsi256_ps(b_lo)),
                     Avx2(_mm256_castsi256_ps(a_hi), _mm256_castsi256_ps(b_hi)),
                 )
-            }
-        }
-        #[inline(always)]
-        unsafe fn load_i8(p: *const i8) -> Self {
-            // SAFETY: the caller has AVX2 and 16 readable elements.
-            unsafe {
-                let a = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()));
-                let b = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.add(8).cast()));
-                Avx2(_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b))
             }
         }
         #[inline(always)]
@@ -231,16 +178,6 @@ mod x86 {
                 let a = _mm256_slli_epi32::<13>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())));
                 let b = _mm256_slli_epi32::<13>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(8).cast())));
                 Avx2(_mm256_mul_ps(_mm256_castsi256_ps(a), rebias), _mm256_mul_ps(_mm256_castsi256_ps(b), rebias))
-            }
-        }
-        #[inline(always)]
-        unsafe fn sum(self) -> f32 {
-            // SAFETY: the caller has AVX2.
-            unsafe {
-                let a = _mm256_add_ps(self.0, self.1);
-                let b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
-                let c = _mm_add_ps(b, _mm_movehl_ps(b, b));
-                _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)))
             }
         }
     }
@@ -278,19 +215,6 @@ mod x86 {
             unsafe { Avx512(_mm512_fmadd_ps(self.0, a.0, b.0)) }
         }
         #[inline(always)]
-        unsafe fn max(self, o: Self) -> Self {
-            // SAFETY: the caller has AVX-512.
-            unsafe { Avx512(_mm512_max_ps(self.0, o.0)) }
-        }
-        #[inline(always)]
-        unsafe fn load_bf16(p: *const u16) -> Self {
-            // SAFETY: the caller has AVX-512 and 16 readable elements.
-            unsafe {
-                let x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
-                Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(x)))
-            }
-        }
-        #[inline(always)]
         unsafe fn load_bf16_pairs(p: *const u16) -> (Self, Self) {
             // SAFETY: the caller has AVX-512 and 32 readable elements.
             unsafe {
@@ -299,11 +223,6 @@ mod x86 {
                 let lo = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x));
                 (Avx512(lo), Avx512(_mm512_castsi512_ps(_mm512_and_si512(x, high))))
             }
-        }
-        #[inline(always)]
-        unsafe fn load_i8(p: *const i8) -> Self {
-            // SAFETY: the caller has AVX-512 and 16 readable elements.
-            unsafe { Avx512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())))) }
         }
         #[inline(always)]
         unsafe fn load_i8_quads(p: *const i8, last: bool) -> (Self, Self) {
@@ -323,46 +242,5 @@ mod x86 {
             // SAFETY: the caller has AVX-512 and 16 readable elements.
             unsafe { Avx512(_mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))) }
         }
-        #[inline(always)]
-        unsafe fn sum(self) -> f32 {
-            // SAFETY: the caller has AVX-512.
-            unsafe { _mm512_reduce_add_ps(self.0) }
-        }
     }
 }
-
-/// Define `fn $name(isa, args…)` that runs the generic `$body::<L>(args…)` under `isa`.
-///
-/// `$body` must be `#[inline(always)] unsafe fn` so that it is compiled inside the function
-/// that carries the target feature.
-macro_rules! with_lanes {
-    ($(#[$doc:meta])* $vis:vis unsafe fn $name:ident => $body:ident $(<$($g:ident : $b:path),*>)? ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)?) => {
-        $(#[$doc])*
-        $vis unsafe fn $name $(<$($g: $b),*>)? (isa: $crate::Isa, $($arg: $ty),*) $(-> $ret)? {
-            #[cfg(target_arch = "x86_64")]
-            {
-                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-                unsafe fn avx512 $(<$($g: $b),*>)? ($($arg: $ty),*) $(-> $ret)? {
-                    // SAFETY: the contract is passed on from the caller.
-                    unsafe { $body::<$crate::lanes::Avx512 $($(, $g)*)?>($($arg),*) }
-                }
-                #[target_feature(enable = "avx2,fma")]
-                unsafe fn avx2 $(<$($g: $b),*>)? ($($arg: $ty),*) $(-> $ret)? {
-                    // SAFETY: the contract is passed on from the caller.
-                    unsafe { $body::<$crate::lanes::Avx2 $($(, $g)*)?>($($arg),*) }
-                }
-                match isa {
-                    // SAFETY: an `Isa` above portable is only had from detection.
-                    $crate::Isa::Avx512 | $crate::Isa::Amx => return unsafe { avx512 $(::<$($g),*>)? ($($arg),*) },
-                    // SAFETY: as above.
-                    $crate::Isa::Avx2 => return unsafe { avx2 $(::<$($g),*>)? ($($arg),*) },
-                    $crate::Isa::Portable => {}
-                }
-            }
-            let _ = isa;
-            // SAFETY: the contract is passed on from the caller.
-            unsafe { $body::<$crate::lanes::Plain $($(, $g)*)?>($($arg),*) }
-        }
-    };
-}
-pub(crate) use with_lanes;

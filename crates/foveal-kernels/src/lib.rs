@@ -10,6 +10,8 @@
 
 pub mod attend;
 pub mod decode;
+mod dispatch;
+pub mod elementwise;
 pub mod error;
 pub mod exp;
 pub mod indexed;

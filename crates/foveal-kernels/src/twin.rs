@@ -58,3 +58,39 @@ pub fn linear(x: &[f64], w: &[f64], bias: Option<&[f64]>, [m, n, k]: [usize; 3])
     let dot = |i: usize, j: usize| (0..k).map(|c| x[i * k + c] * w[j * k + c]).sum::<f64>();
     (0..m * n).map(|r| dot(r / n, r % n) + bias.map_or(0.0, |b| b[r % n])).collect()
 }
+
+/// Root-mean-square normalisation of rows of `weight.len()` elements.
+pub fn rms_norm(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
+    let d = weight.len();
+    let row = |r: &[f64]| {
+        let f = 1.0 / (r.iter().map(|x| x * x).sum::<f64>() / d as f64 + eps).sqrt();
+        r.iter().zip(weight).map(|(x, w)| x * f * w).collect::<Vec<_>>()
+    };
+    x.chunks(d).flat_map(row).collect()
+}
+
+/// Rotate one row: pair i = (x[first(i)], x[second(i)]) turns by angle i, given as (cos, sin).
+pub fn rope(x: &[f64], angles: &[(f64, f64)], interleaved: bool) -> Vec<f64> {
+    let mut y = x.to_vec();
+    for (i, (c, s)) in angles.iter().enumerate() {
+        let (a, b) = if interleaved { (2 * i, 2 * i + 1) } else { (i, i + angles.len()) };
+        (y[a], y[b]) = (x[a] * c - x[b] * s, x[b] * c + x[a] * s);
+    }
+    y
+}
+
+/// silu(gate) · up for one row gate | up.
+pub fn swiglu(gate_up: &[f64]) -> Vec<f64> {
+    let (gate, up) = gate_up.split_at(gate_up.len() / 2);
+    gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect()
+}
+
+/// Softmax of one row; zeros where every element is −∞.
+pub fn softmax(x: &[f64]) -> Vec<f64> {
+    let top = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    if top == f64::NEG_INFINITY {
+        return vec![0.0; x.len()];
+    }
+    let sum: f64 = x.iter().map(|x| (x - top).exp()).sum();
+    x.iter().map(|x| (x - top).exp() / sum).collect()
+}

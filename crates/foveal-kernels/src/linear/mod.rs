@@ -12,7 +12,7 @@ mod integer;
 mod pack;
 mod wide;
 
-use crate::error::{KernelError, Result};
+use crate::error::{Result, same};
 use crate::isa::Isa;
 use crate::work::Work;
 
@@ -148,21 +148,6 @@ impl PackedLinear {
     fn panel_bytes(&self) -> usize {
         self.blocks() * self.format.block_bytes()
     }
-}
-
-/// Error unless the two lengths are equal.
-fn same(
-    op: &'static str,
-    dim: &'static str,
-    left: &'static str,
-    a: usize,
-    right: &'static str,
-    b: usize,
-) -> Result<()> {
-    if a == b {
-        return Ok(());
-    }
-    Err(KernelError::Mismatch { op, dim, left, left_len: a, right, right_len: b })
 }
 
 /// Split `units` (of 32 output features) and `rows` into a grid of tasks: (row step, unit step).

@@ -1,7 +1,7 @@
 //! Weight formats and packing.
 
-use super::{BLOCK, PANEL, PackedLinear, same};
-use crate::error::{KernelError, Result};
+use super::{BLOCK, PANEL, PackedLinear};
+use crate::error::{KernelError, Result, same};
 use crate::view::Element;
 use half::{bf16, f16};
 use rayon::prelude::*;

@@ -3,8 +3,9 @@
 
 use super::pack::INT8_SCALES;
 use super::{OutPtr, PANEL, PackedLinear, WeightFormat, grid};
+use crate::dispatch::with_isa;
 use crate::isa::Isa;
-use crate::lanes::{Lanes, with_lanes};
+use crate::lanes::Lanes;
 use rayon::prelude::*;
 
 /// Rows of x that a task keeps in its second-level cache.
@@ -267,6 +268,6 @@ unsafe fn body_int8<L: Lanes>(t: Region) {
     // SAFETY: passed on.
     unsafe { region::<L, Int8>(t) }
 }
-with_lanes!(unsafe fn run_f32 => body_f32(t: Region));
-with_lanes!(unsafe fn run_bf16 => body_bf16(t: Region));
-with_lanes!(unsafe fn run_int8 => body_int8(t: Region));
+with_isa!(lanes, unsafe fn run_f32 => body_f32(t: Region));
+with_isa!(lanes, unsafe fn run_bf16 => body_bf16(t: Region));
+with_isa!(lanes, unsafe fn run_int8 => body_int8(t: Region));
