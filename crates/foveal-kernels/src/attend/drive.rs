@@ -27,9 +27,12 @@ pub(crate) enum Source<'a> {
 
 /// Queries of a work tile, and the alignment of task boundaries. Work is counted on this grid
 /// whatever the strips of an instruction set, so that counters are the same everywhere.
-const WORK_TILE: usize = 64;
+pub(super) const WORK_TILE: usize = 64;
 /// Most queries that share one pass over the keys.
 const MAX_TASK: usize = 4 * WORK_TILE;
+
+/// Keys of the longest tile of any path.
+const MASKS: usize = 128;
 
 /// Consecutive queries of one head.
 struct Task {
@@ -43,14 +46,14 @@ struct Task {
 #[allow(dead_code)]
 struct Line([f32; 16]);
 
-struct Buf(Vec<Line>);
+pub(super) struct Buf(Vec<Line>);
 
 impl Buf {
     fn new() -> Self {
         Buf(Vec::new())
     }
     /// At least `n` elements, of any content.
-    fn at_least(&mut self, n: usize) -> *mut f32 {
+    pub(super) fn at_least(&mut self, n: usize) -> *mut f32 {
         let lines = n.div_ceil(16);
         if self.0.len() < lines {
             self.0.resize(lines, Line([0.0; 16]));
@@ -60,32 +63,32 @@ impl Buf {
 }
 
 /// What a worker thread keeps between tasks.
-struct Scratch {
-    q: Buf,
-    o: Buf,
-    stat: Buf,
-    s: Buf,
-    wide_q: Buf,
-    wide_k: Buf,
-    wide_v: Buf,
-    keys: Vec<u32>,
+pub(super) struct Scratch {
+    pub(super) q: Buf,
+    pub(super) o: Buf,
+    pub(super) stat: Buf,
+    pub(super) s: Buf,
+    pub(super) wide_q: Buf,
+    pub(super) wide_k: Buf,
+    pub(super) wide_v: Buf,
+    pub(super) keys: Vec<u32>,
     /// Row mask of each key, when the table has them.
-    marks: Vec<u64>,
-    masks: [u64; KEY_TILE],
-    k_rows: [*const f32; KEY_TILE + KEY_PAD],
-    v_rows: [*const f32; KEY_TILE + KEY_PAD],
+    pub(super) marks: Vec<u64>,
+    pub(super) masks: [u64; MASKS],
+    pub(super) k_rows: [*const f32; KEY_TILE + KEY_PAD],
+    pub(super) v_rows: [*const f32; KEY_TILE + KEY_PAD],
 }
 
 /// One call, shared by its tasks.
-struct Call<'a, T> {
-    p: &'a Attend<'a>,
-    source: Source<'a>,
-    kernels: &'static Kernels,
-    q: &'a View<'a, T>,
-    k: &'a View<'a, T>,
-    v: &'a View<'a, T>,
-    out: Rows<'a, f32>,
-    lse: Rows<'a, f32>,
+pub(super) struct Call<'a, T> {
+    pub(super) p: &'a Attend<'a>,
+    pub(super) source: Source<'a>,
+    pub(super) kernels: &'static Kernels,
+    pub(super) q: &'a View<'a, T>,
+    pub(super) k: &'a View<'a, T>,
+    pub(super) v: &'a View<'a, T>,
+    pub(super) out: Rows<'a, f32>,
+    pub(super) lse: Rows<'a, f32>,
 }
 
 /// Run a call whose shapes and tables were checked.
@@ -151,7 +154,7 @@ pub(crate) fn run<T: Element>(
                 wide_v: Buf::new(),
                 keys: Vec::new(),
                 marks: Vec::new(),
-                masks: [0; KEY_TILE],
+                masks: [0; MASKS],
                 k_rows: [null(); KEY_TILE + KEY_PAD],
                 v_rows: [null(); KEY_TILE + KEY_PAD],
             };
@@ -161,7 +164,7 @@ pub(crate) fn run<T: Element>(
                 let mut at = task.rows.start;
                 while at < task.rows.end {
                     let end = (at / block + 1).saturating_mul(block).min(task.rows.end);
-                    work += call.rows(&mut scratch, task.bh, at..end);
+                    work += call.rows_on_best(&mut scratch, task.bh, at..end);
                     at = end;
                 }
             }
@@ -222,7 +225,7 @@ impl<T: Element> Call<'_, T> {
     }
 
     /// Keys that query `i` may see by causality and window.
-    fn visible(&self, i: usize) -> Range<usize> {
+    pub(super) fn visible(&self, i: usize) -> Range<usize> {
         let (tq, tk) = (self.q.shape[2], self.k.shape[2]);
         if !self.p.causal {
             return 0..tk;
@@ -249,7 +252,7 @@ impl<T: Element> Call<'_, T> {
     }
 
     /// List the keys (and row marks) of `rows`, all of one block, and count the work.
-    fn list(&self, s: &mut Scratch, bh: usize, rows: &Range<usize>) -> Work {
+    pub(super) fn list(&self, s: &mut Scratch, bh: usize, rows: &Range<usize>) -> Work {
         s.keys.clear();
         s.marks.clear();
         let (first, last) = (self.visible(rows.start), self.visible(rows.end - 1));
@@ -321,6 +324,20 @@ impl<T: Element> Call<'_, T> {
     }
 
     /// Attend `rows` of one head, all of one block and at most MAX_TASK.
+    fn rows_on_best(&self, s: &mut Scratch, bh: usize, rows: Range<usize>) -> Work {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if TypeId::of::<T>() == TypeId::of::<bf16>() && self.p.isa.min(crate::Isa::detect()) == crate::Isa::Amx {
+            // SAFETY: T is bf16, so the types are one.
+            let same = unsafe { &*std::ptr::from_ref(self).cast::<Call<'_, bf16>>() };
+            if same.suits_amx() {
+                // SAFETY: `detect` found AMX, and asked the system for it.
+                return unsafe { same.rows_amx(s, bh, rows) };
+            }
+        }
+        self.rows(s, bh, rows)
+    }
+
+    /// The f32 path, to which bf16 is widened.
     fn rows(&self, s: &mut Scratch, bh: usize, rows: Range<usize>) -> Work {
         let h = self.q.shape[1];
         let (bi, hi) = (bh / h, bh % h);
@@ -422,39 +439,41 @@ impl<T: Element> Call<'_, T> {
             }
         }
 
-        let sink = self.p.sinks.map(|x| x[hi] * LOG2_E);
-        let mut targets = [std::ptr::null_mut(); MAX_STRIP];
-        let mut lse = [0f32; MAX_STRIP];
         for i in (0..n).step_by(full) {
             let (a, b, w) = strips(i);
-            for (x, t) in targets[..b - a].iter_mut().enumerate() {
-                // SAFETY: each row belongs to one task and is borrowed only here.
-                *t = unsafe { self.out.row_mut(bi, hi, rows.start + a + x) }.as_mut_ptr();
-            }
-            // SAFETY: offsets as above; `targets` are distinct rows of dv elements.
+            // SAFETY: offsets as above.
             unsafe {
-                (self.kernels.finish)(&Finish {
-                    w,
-                    dv,
-                    o: o.add(i * dv),
-                    m: stat.add(i),
-                    l: stat.add(padded + i),
-                    c,
-                    sink,
-                    rows: &targets[..b - a],
-                    lse: lse.as_mut_ptr(),
-                });
-            }
-            for (x, &y) in lse[..b - a].iter().enumerate() {
-                // SAFETY: as for the output rows.
-                unsafe { self.lse.row_mut(bi, hi, rows.start + a + x)[0] = y };
+                let (o, m, l) = (o.add(i * dv), stat.add(i), stat.add(padded + i));
+                let parts = Finish { w, dv, o, m, l, c, sink: None, rows: &[], lse: std::ptr::null_mut() };
+                self.finish([bi, hi], rows.start + a..rows.start + b, &parts);
             }
         }
         work
     }
 
+    /// Write the rows of one strip of a head; sink and targets of `parts` are filled in here.
+    ///
+    /// # Safety
+    /// The pointers of `parts` are as it says, and no other task writes these rows.
+    pub(super) unsafe fn finish(&self, [bi, hi]: [usize; 2], rows: Range<usize>, parts: &Finish) {
+        let sink = self.p.sinks.map(|x| x[hi] * LOG2_E);
+        let mut targets = [std::ptr::null_mut(); MAX_STRIP];
+        let mut lse = [0f32; MAX_STRIP];
+        for (x, i) in rows.clone().enumerate() {
+            // SAFETY: each row belongs to one task and is borrowed only here.
+            targets[x] = unsafe { self.out.row_mut(bi, hi, i) }.as_mut_ptr();
+        }
+        let parts = Finish { sink, rows: &targets[..rows.len()], lse: lse.as_mut_ptr(), ..*parts };
+        // SAFETY: by the contract; `targets` are distinct rows of dv elements; `kernels` suits the machine.
+        unsafe { (self.kernels.finish)(&parts) };
+        for (x, i) in rows.enumerate() {
+            // SAFETY: as for the output rows.
+            unsafe { self.lse.row_mut(bi, hi, i)[0] = lse[x] };
+        }
+    }
+
     /// For each key, the lanes that see it; lane 0 is query `i0`. Marks come with their shift.
-    fn masks(&self, masks: &mut [u64; KEY_TILE], keys: &[u32], i0: usize, marks: Option<(&[u64], usize)>) {
+    pub(super) fn masks(&self, masks: &mut [u64; MASKS], keys: &[u32], i0: usize, marks: Option<(&[u64], usize)>) {
         // Key j is visible from query j − (tk − tq) on, for `window` queries.
         let offset = self.k.shape[2] as isize - self.q.shape[2] as isize + i0 as isize;
         for (x, &j) in keys.iter().enumerate() {

@@ -4,6 +4,8 @@
 //! queries of one head), lists the keys each task visits, and feeds them in tiles to the
 //! microkernels in `strip`.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 pub(crate) mod drive;
 mod strip;
 

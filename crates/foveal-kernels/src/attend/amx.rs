@@ -1,0 +1,532 @@
+//! The bf16 path on AMX tiles: both products on tiles, softmax in f32 between them.
+//!
+//! The layout is that of `strip`, queries in lanes, because it suits the tiles: rows of K are the
+//! left operand as they lie in memory; the transposed queries, two channels to a lane, are the
+//! right one; the weights of two keys, rounded to bf16 and interleaved, are the right operand of
+//! the second product, whose left one, Vᵀ, is packed once per key tile for all strips of a task.
+//!
+//! The softmax takes longer than both products, so it is cut to the bone: difference, factor,
+//! fraction, a polynomial good to 3e-6 (weights are rounded to 4e-3 right after), and `vscalef`,
+//! which also sends −∞ to 0.
+
+#![allow(unsafe_op_in_unsafe_fn)]
+
+use super::drive::{Call, Scratch, WORK_TILE};
+use super::strip::{Finish, MAX_STRIP, NO_MAX};
+use crate::exp::LOG2_E;
+use crate::work::Work;
+use half::bf16;
+use std::arch::asm;
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+/// Keys of a tile: a multiple of 32. Twice that many bytes times 64 queries are the scores.
+pub(super) const KEYS: usize = 128;
+/// Bytes of a row, rows, and bytes of an AMX tile.
+const LINE: usize = 64;
+const ROWS: usize = 16;
+const TILE: usize = LINE * ROWS;
+/// Queries of a strip.
+const STRIP: usize = WORK_TILE;
+
+/// The operand of `ldtilecfg`: eight tiles of 16 rows of 64 bytes.
+#[repr(C, align(64))]
+struct Config {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    colsb: [u16; 16],
+    rows: [u8; 16],
+}
+
+/// Configured tiles; gives them back when dropped, so that the thread's state is small again.
+struct Tiles;
+
+impl Tiles {
+    /// # Safety
+    /// The machine has AMX and the process may use it.
+    unsafe fn new() -> Self {
+        let mut c = Config { palette: 1, start_row: 0, reserved: [0; 14], colsb: [0; 16], rows: [0; 16] };
+        c.colsb[..8].fill(LINE as u16);
+        c.rows[..8].fill(ROWS as u8);
+        // Reads 64 bytes, all of `c`; without `nomem` the compiler has written all of them before.
+        asm!("ldtilecfg [{}]", in(reg) &raw const c, options(nostack, preserves_flags));
+        Tiles
+    }
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        // SAFETY: `new` ran on this thread; only tile state is touched.
+        unsafe { asm!("tilerelease", options(nostack, preserves_flags)) }
+    }
+}
+
+/// Operands of one product of up to 2 × 2 tiles, C = Σ A·B over `steps`; all distances in bytes.
+struct Product {
+    steps: usize,
+    a: *const u8,
+    /// From the first row tile of A to the second.
+    a_next: usize,
+    a_step: usize,
+    a_line: usize,
+    /// The second column tile of B (and of C) lies 64 bytes on.
+    b: *const u8,
+    b_step: usize,
+    b_line: usize,
+    c: *mut u8,
+    c_line: usize,
+}
+
+/// C = [C +] Σ A·B with one or two row tiles (`A2`) and column tiles (`B2`).
+#[inline(always)]
+unsafe fn product<const ADD: bool, const A2: bool, const B2: bool>(p: &Product) {
+    // Tiles 0..=3 are C, 4 and 5 A, 6 and 7 B; nobody else uses any between these statements.
+    macro_rules! tile {
+        ($op:literal, $p:expr, $line:expr) => {
+            asm!($op, p = in(reg) $p, l = in(reg) $line, options(nostack, preserves_flags))
+        };
+    }
+    let (mut a, mut b, c) = (p.a, p.b, p.c);
+    let low = c.wrapping_add(ROWS * p.c_line);
+    if ADD {
+        tile!("tileloadd tmm0, [{p} + {l}*1]", c, p.c_line);
+        if B2 {
+            tile!("tileloadd tmm1, [{p} + {l}*1 + 64]", c, p.c_line);
+        }
+        if A2 {
+            tile!("tileloadd tmm2, [{p} + {l}*1]", low, p.c_line);
+        }
+        if A2 && B2 {
+            tile!("tileloadd tmm3, [{p} + {l}*1 + 64]", low, p.c_line);
+        }
+    } else {
+        asm!("tilezero tmm0", "tilezero tmm1", options(nostack, preserves_flags));
+        asm!("tilezero tmm2", "tilezero tmm3", options(nostack, preserves_flags));
+    }
+    for _ in 0..p.steps {
+        tile!("tileloadd tmm6, [{p} + {l}*1]", b, p.b_line);
+        tile!("tileloadd tmm4, [{p} + {l}*1]", a, p.a_line);
+        asm!("tdpbf16ps tmm0, tmm4, tmm6", options(nostack, preserves_flags));
+        if B2 {
+            tile!("tileloadd tmm7, [{p} + {l}*1 + 64]", b, p.b_line);
+            asm!("tdpbf16ps tmm1, tmm4, tmm7", options(nostack, preserves_flags));
+        }
+        if A2 {
+            tile!("tileloadd tmm5, [{p} + {l}*1]", a.wrapping_add(p.a_next), p.a_line);
+            asm!("tdpbf16ps tmm2, tmm5, tmm6", options(nostack, preserves_flags));
+        }
+        if A2 && B2 {
+            asm!("tdpbf16ps tmm3, tmm5, tmm7", options(nostack, preserves_flags));
+        }
+        a = a.wrapping_add(p.a_step);
+        b = b.wrapping_add(p.b_step);
+    }
+    tile!("tilestored [{p} + {l}*1], tmm0", c, p.c_line);
+    if B2 {
+        tile!("tilestored [{p} + {l}*1 + 64], tmm1", c, p.c_line);
+    }
+    if A2 {
+        tile!("tilestored [{p} + {l}*1], tmm2", low, p.c_line);
+    }
+    if A2 && B2 {
+        tile!("tilestored [{p} + {l}*1 + 64], tmm3", low, p.c_line);
+    }
+}
+
+/// One strip × tile visit. `w` = 16 · `nv` queries.
+struct Visit {
+    nv: usize,
+    /// Channels of q and k, a multiple of 32.
+    dp: usize,
+    /// Tiles of 16 value channels.
+    dv_tiles: usize,
+    /// Keys; rows of K and Vᵀ are readable (and finite) to the next multiple of 32.
+    nk: usize,
+    /// Qᵀ: dp/2 rows of `w` pairs of channels.
+    q: *const u8,
+    k: *const u8,
+    /// Bytes from key to key.
+    k_line: usize,
+    /// Vᵀ: for each 32 keys, for each 16 channels, one tile.
+    v: *const u8,
+    /// As in `strip`.
+    masks: *const u64,
+    squash: f32,
+    c: f32,
+    /// Room for KEYS rows of `w` f32: scores, then weights.
+    s: *mut f32,
+    /// Oᵀ: 16 · dv_tiles rows of `w`.
+    o: *mut f32,
+    m: *mut f32,
+    l: *mut f32,
+}
+
+/// 2^x for x ≤ 0 to 3e-6, exact at 0; −∞ gives 0, NaN stays NaN.
+#[inline(always)]
+unsafe fn exp2(x: __m512) -> __m512 {
+    // r = x − ⌊x⌋; `scalef` takes the floor of its exponent itself.
+    let r = _mm512_reduce_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(x);
+    let mut p = _mm512_set1_ps(1.342_668_8e-2);
+    for c in [5.224_246_5e-2, 0.241_280_21, 0.693_044_84, 1.0] {
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+    }
+    _mm512_scalef_ps(p, x)
+}
+
+/// Scores to weights, in place: row r of pairs takes the memory of score row r, whose own scores
+/// were read no later. Rescales Oᵀ where a maximum rose.
+#[inline(always)]
+unsafe fn softmax<const NV: usize>(t: &Visit) {
+    use crate::simd::{Avx512, Simd};
+    let w = NV * 16;
+    if t.squash != 0.0 {
+        for i in 0..t.nk * NV {
+            let at = t.s.add(i * 16);
+            let x = Avx512::mul(Avx512::load(at), Avx512::splat(t.squash));
+            Avx512::store(at, crate::exp::tanh::<Avx512>(x));
+        }
+    }
+    if !t.masks.is_null() {
+        let none = _mm512_set1_ps(f32::NEG_INFINITY);
+        for j in 0..t.nk {
+            let bits = *t.masks.add(j);
+            if bits != u64::MAX {
+                for v in 0..NV {
+                    let at = t.s.add(j * w + v * 16);
+                    let hidden = !(bits >> (v * 16)) as u16;
+                    _mm512_mask_storeu_ps(at, hidden, none);
+                }
+            }
+        }
+    }
+    let zero = _mm512_setzero_ps();
+    let (mut old, mut top) = ([zero; NV], [zero; NV]);
+    for v in 0..NV {
+        old[v] = _mm512_loadu_ps(t.m.add(v * 16));
+        top[v] = old[v];
+    }
+    let mut odd = top;
+    for j in (0..t.nk & !1).step_by(2) {
+        for v in 0..NV {
+            top[v] = _mm512_max_ps(top[v], _mm512_loadu_ps(t.s.add(j * w + v * 16)));
+            odd[v] = _mm512_max_ps(odd[v], _mm512_loadu_ps(t.s.add((j + 1) * w + v * 16)));
+        }
+    }
+    if t.nk % 2 == 1 {
+        for v in 0..NV {
+            top[v] = _mm512_max_ps(top[v], _mm512_loadu_ps(t.s.add((t.nk - 1) * w + v * 16)));
+        }
+    }
+    let c = _mm512_set1_ps(t.c);
+    let mut corr = [zero; NV];
+    let mut rose = 0;
+    for v in 0..NV {
+        top[v] = _mm512_max_ps(top[v], odd[v]);
+        rose |= _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(top[v], old[v]);
+        _mm512_storeu_ps(t.m.add(v * 16), top[v]);
+        corr[v] = exp2(_mm512_mul_ps(_mm512_sub_ps(old[v], top[v]), c));
+    }
+    // Alternate the 16 low and 16 high bf16: the pair order of a right operand.
+    let order: [u16; 32] = std::array::from_fn(|i| (i / 2 + 16 * (i % 2)) as u16);
+    let order = _mm512_loadu_si512(order.as_ptr().cast());
+    let mut sum = [zero; NV];
+    for r in 0..t.nk.next_multiple_of(32) / 2 {
+        for v in 0..NV {
+            let at = t.s.add(2 * r * w + v * 16);
+            let (mut a, mut b) = (zero, zero);
+            if 2 * r < t.nk {
+                a = exp2(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(at), top[v]), c));
+            }
+            if 2 * r + 1 < t.nk {
+                b = exp2(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(at.add(w)), top[v]), c));
+            }
+            sum[v] = _mm512_add_ps(sum[v], _mm512_add_ps(a, b));
+            let pair = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a));
+            _mm512_storeu_si512(t.s.add(r * w + v * 16).cast(), _mm512_permutexvar_epi16(order, pair));
+        }
+    }
+    for v in 0..NV {
+        let at = t.l.add(v * 16);
+        _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_loadu_ps(at), corr[v], sum[v]));
+    }
+    if rose != 0 {
+        for r in 0..t.dv_tiles * 16 {
+            for v in 0..NV {
+                let at = t.o.add(r * w + v * 16);
+                _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), corr[v]));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn visit_wide<const NV: usize>(t: &Visit) {
+    let line = NV * LINE;
+    let chunks = t.nk.div_ceil(32);
+    for j in 0..chunks {
+        let mut p = Product {
+            steps: t.dp / 32,
+            a: t.k.add(j * 32 * t.k_line),
+            a_next: ROWS * t.k_line,
+            a_step: LINE,
+            a_line: t.k_line,
+            b: t.q,
+            b_step: ROWS * line,
+            b_line: line,
+            c: t.s.add(j * 32 * NV * 16).cast(),
+            c_line: line,
+        };
+        for v in (0..NV).step_by(2) {
+            if v + 1 < NV {
+                product::<false, true, true>(&p);
+            } else {
+                product::<false, true, false>(&p);
+            }
+            p.b = p.b.wrapping_add(2 * LINE);
+            p.c = p.c.wrapping_add(2 * LINE);
+        }
+    }
+    softmax::<NV>(t);
+    for i in (0..t.dv_tiles).step_by(2) {
+        let mut p = Product {
+            steps: chunks,
+            a: t.v.add(i * TILE),
+            a_next: TILE,
+            a_step: t.dv_tiles * TILE,
+            a_line: LINE,
+            b: t.s.cast(),
+            b_step: ROWS * line,
+            b_line: line,
+            c: t.o.add(i * ROWS * NV * 16).cast(),
+            c_line: line,
+        };
+        for v in (0..NV).step_by(2) {
+            match (i + 1 < t.dv_tiles, v + 1 < NV) {
+                (true, true) => product::<true, true, true>(&p),
+                (true, false) => product::<true, true, false>(&p),
+                (false, true) => product::<true, false, true>(&p),
+                (false, false) => product::<true, false, false>(&p),
+            }
+            p.b = p.b.wrapping_add(2 * LINE);
+            p.c = p.c.wrapping_add(2 * LINE);
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn visit(t: &Visit) {
+    match t.nv {
+        1 => visit_wide::<1>(t),
+        2 => visit_wide::<2>(t),
+        3 => visit_wide::<3>(t),
+        _ => visit_wide::<4>(t),
+    }
+}
+
+/// Transpose `rows` of `n` u32 into `n` rows of `w`, lanes past the rows zero.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn pack_pairs(rows: &[*const u32], n: usize, w: usize, to: *mut u32) {
+    let full = rows.len() / 4 * 4;
+    for i in (0..full).step_by(4) {
+        // `n` is a multiple of 16.
+        for c in (0..n).step_by(4) {
+            let x: [[u32; 4]; 4] = std::array::from_fn(|y| rows[i + y].add(c).cast::<[u32; 4]>().read_unaligned());
+            for y in 0..4 {
+                let line = [x[0][y], x[1][y], x[2][y], x[3][y]];
+                to.add((c + y) * w + i).cast::<[u32; 4]>().write_unaligned(line);
+            }
+        }
+    }
+    for i in full..w {
+        for c in 0..n {
+            *to.add(c * w + i) = if i < rows.len() { *rows[i].add(c) } else { 0 };
+        }
+    }
+}
+
+/// Transpose a 16 × 16 matrix of u32.
+#[inline(always)]
+unsafe fn transpose(x: [__m512i; 16]) -> [__m512i; 16] {
+    let mut a = x;
+    for i in 0..8 {
+        a[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+        a[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+    }
+    // b[4i + c]: column 4l + c of rows 4i.. in 128-bit lane l.
+    let mut b = a;
+    for i in 0..4 {
+        b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+        b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+    }
+    let mut y = b;
+    for c in 0..4 {
+        let low = _mm512_shuffle_i32x4::<0x88>(b[c], b[4 + c]);
+        let high = _mm512_shuffle_i32x4::<0xdd>(b[c], b[4 + c]);
+        let low2 = _mm512_shuffle_i32x4::<0x88>(b[8 + c], b[12 + c]);
+        let high2 = _mm512_shuffle_i32x4::<0xdd>(b[8 + c], b[12 + c]);
+        y[c] = _mm512_shuffle_i32x4::<0x88>(low, low2);
+        y[8 + c] = _mm512_shuffle_i32x4::<0xdd>(low, low2);
+        y[4 + c] = _mm512_shuffle_i32x4::<0x88>(high, high2);
+        y[12 + c] = _mm512_shuffle_i32x4::<0xdd>(high, high2);
+    }
+    y
+}
+
+/// Vᵀ of up to 32 rows as tiles of 16 channels; missing rows and channels are zero.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn pack_values(rows: &[*const u16], dv: usize, to: *mut u8) {
+    for i in 0..dv.div_ceil(16) {
+        let some = if dv - i * 16 >= 16 { 0xffff } else { (1u16 << (dv - i * 16)) - 1 };
+        let row = |j: usize| match rows.get(j) {
+            None => _mm512_setzero_si512(),
+            Some(r) => _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, r.add(i * 16).cast())),
+        };
+        let mut x = [_mm512_setzero_si512(); 16];
+        for r in 0..16 {
+            x[r] = _mm512_or_si512(row(2 * r), _mm512_slli_epi32::<16>(row(2 * r + 1)));
+        }
+        let y = transpose(x);
+        for r in 0..16 {
+            _mm512_storeu_si512(to.add(i * TILE + r * LINE).cast(), y[r]);
+        }
+    }
+}
+
+/// Copy a row of `n` to one of `padded`, zero beyond.
+#[inline(always)]
+unsafe fn pad_row(from: *const u16, n: usize, padded: usize, to: *mut u16) {
+    std::ptr::copy_nonoverlapping(from, to, n);
+    std::ptr::write_bytes(to.add(n), 0, padded - n);
+}
+
+impl Call<'_, bf16> {
+    /// Whether this path can serve the call: maxima of scores need a positive factor on them.
+    pub(super) fn suits_amx(&self) -> bool {
+        self.p.softcap.is_some() || self.p.scale > 0.0
+    }
+
+    /// As `rows`, on tiles.
+    ///
+    /// # Safety
+    /// The machine has AMX and the process may use it.
+    pub(super) unsafe fn rows_amx(&self, s: &mut Scratch, bh: usize, rows: Range<usize>) -> Work {
+        let h = self.q.shape[1];
+        let (bi, hi) = (bh / h, bh % h);
+        let kh = hi / (h / self.k.shape[1]);
+        let (d, dv) = (self.q.shape[3], self.v.shape[3]);
+        let work = self.list(s, bh, &rows);
+
+        let n = rows.len();
+        let padded = n.next_multiple_of(16);
+        let strip = |i: usize| ((i + STRIP).min(n), STRIP.min(padded - i));
+        let (dp, dv_tiles) = (d.next_multiple_of(32), dv.div_ceil(16));
+        let dv_rows = dv_tiles * 16;
+        let q = s.q.at_least(padded * dp / 2);
+        let o = s.o.at_least(padded * dv_rows);
+        let stat = s.stat.at_least(2 * padded);
+        let scores = s.s.at_least(KEYS * STRIP);
+        let wide_q: *mut u16 = s.wide_q.at_least(MAX_STRIP * dp / 2).cast();
+        let own_k: *mut u16 = s.wide_k.at_least(KEYS * dp / 2).cast();
+        let vt: *mut u8 = s.wide_v.at_least(KEYS * dv_rows / 2).cast();
+        let (squash, c) = match self.p.softcap {
+            Some(cap) => (self.p.scale / cap, cap * LOG2_E),
+            None => (0.0, self.p.scale * LOG2_E),
+        };
+
+        let mut pairs = [std::ptr::null(); MAX_STRIP];
+        for i in (0..n).step_by(STRIP) {
+            let (b, w) = strip(i);
+            for x in 0..b - i {
+                let to = wide_q.add(x * dp);
+                pad_row(self.q.row(bi, hi, rows.start + i + x).as_ptr().cast(), d, dp, to);
+                pairs[x] = to.cast_const().cast();
+            }
+            pack_pairs(&pairs[..b - i], dp / 2, w, q.add(i * dp / 2).cast());
+        }
+        std::slice::from_raw_parts_mut(o, padded * dv_rows).fill(0.0);
+        std::slice::from_raw_parts_mut(stat, padded).fill(NO_MAX);
+        std::slice::from_raw_parts_mut(stat.add(padded), padded).fill(0.0);
+
+        let tiles = Tiles::new();
+        for at in (0..s.keys.len()).step_by(KEYS) {
+            let keys = &s.keys[at..(at + KEYS).min(s.keys.len())];
+            let (first_key, nk) = (keys[0] as usize, keys.len());
+            // Rows of K that follow each other serve as they are; others are gathered.
+            let run = keys[nk - 1] as usize - first_key + 1 == nk;
+            let (k, k_line) = if run && nk.is_multiple_of(32) && d == dp {
+                (self.k.head(bi, kh).as_ptr().add(first_key * self.k.strides[2]).cast::<u8>(), 2 * self.k.strides[2])
+            } else {
+                for (x, &j) in keys.iter().enumerate() {
+                    pad_row(self.k.row(bi, kh, j as usize).as_ptr().cast(), d, dp, own_k.add(x * dp));
+                }
+                std::ptr::write_bytes(own_k.add(nk * dp), 0, (nk.next_multiple_of(32) - nk) * dp);
+                (own_k.cast_const().cast(), 2 * dp)
+            };
+            for (x, chunk) in keys.chunks(32).enumerate() {
+                let mut from = [std::ptr::null(); 32];
+                for (f, &j) in from.iter_mut().zip(chunk) {
+                    *f = self.v.row(bi, kh, j as usize).as_ptr().cast();
+                }
+                pack_values(&from[..chunk.len()], dv, vt.add(x * dv_tiles * TILE));
+            }
+            for i in (0..n).step_by(STRIP) {
+                let (b, w) = strip(i);
+                let (first, last) = (self.visible(rows.start + i), self.visible(rows.start + b - 1));
+                let from = keys.partition_point(|&j| (j as usize) < first.start);
+                let to = keys.partition_point(|&j| (j as usize) < last.end);
+                if from >= to {
+                    continue;
+                }
+                // Whole chunks of Vᵀ; what that adds at either end is masked.
+                let (from, to) = (from / 32 * 32, to.next_multiple_of(32).min(nk));
+                let marks = (!s.marks.is_empty()).then(|| &s.marks[at + from..at + to]);
+                let edge = (keys[to - 1] as usize) >= first.end || (keys[from] as usize) < last.start;
+                let masked = edge || marks.is_some();
+                if masked {
+                    self.masks(&mut s.masks, &keys[from..to], rows.start + i, marks.map(|m| (m, i)));
+                }
+                visit(&Visit {
+                    nv: w / 16,
+                    dp,
+                    dv_tiles,
+                    nk: to - from,
+                    q: q.add(i * dp / 2).cast_const().cast(),
+                    k: k.add(from * k_line),
+                    k_line,
+                    v: vt.add(from / 32 * dv_tiles * TILE),
+                    masks: if masked { s.masks.as_ptr() } else { std::ptr::null() },
+                    squash,
+                    c,
+                    s: scores,
+                    o: o.add(i * dv_rows),
+                    m: stat.add(i),
+                    l: stat.add(padded + i),
+                });
+            }
+        }
+        drop(tiles);
+
+        for i in (0..n).step_by(STRIP) {
+            let (b, w) = strip(i);
+            self.finish(
+                [bi, hi],
+                rows.start + i..rows.start + b,
+                &Finish {
+                    w,
+                    dv,
+                    o: o.add(i * dv_rows),
+                    m: stat.add(i),
+                    l: stat.add(padded + i),
+                    c,
+                    sink: None,
+                    rows: &[],
+                    lse: std::ptr::null_mut(),
+                },
+            );
+        }
+        work
+    }
+}
