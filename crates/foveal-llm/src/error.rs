@@ -216,6 +216,30 @@ pub enum LlmError {
         /// What was being fetched.
         what: String,
     },
+    /// A plan that cannot be read or does not fit the model.
+    #[error("plan: {problem}")]
+    Plan {
+        /// The key, its value and what is allowed.
+        problem: String,
+    },
+    /// A call with input that cannot be served.
+    #[error("{problem}")]
+    Input {
+        /// The thing, its value and the remedy.
+        problem: String,
+    },
+    /// The caller asked a run to stop.
+    #[error("stopped on request")]
+    Interrupted,
+    /// An attention system refused.
+    #[error(transparent)]
+    System(#[from] foveal::Error),
+    /// A kernel refused.
+    #[error(transparent)]
+    Kernel(#[from] foveal_kernels::KernelError),
+    /// candle refused an operation.
+    #[error("tensor operation failed: {0}")]
+    Candle(#[from] candle_core::Error),
     /// No folder to keep downloads in.
     #[error("no cache folder: {problem}; set FOVEAL_CACHE to a folder that can be written")]
     NoCache {
