@@ -1,0 +1,388 @@
+//! Decode over ragged, coded, pruned and selected stores, against the f64 twin.
+
+use foveal_kernels::decode::{Codec, Decode, Segment, key_scores};
+use foveal_kernels::{HeadKeys, Isa, KeyLists, Work, twin};
+use half::bf16;
+
+/// Deterministic values in (-1, 1).
+fn noise(n: usize, seed: u64) -> Vec<f32> {
+    let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..n)
+        .map(|_| {
+            s ^= s << 13;
+            s ^= s >> 7;
+            s ^= s << 17;
+            (s >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    F32,
+    Bf16,
+    Int8,
+}
+
+/// Rows in a codec, `stride` apart.
+struct Rows {
+    kind: Kind,
+    stride: usize,
+    width: usize,
+    f: Vec<f32>,
+    b: Vec<bf16>,
+    i: Vec<i8>,
+    scales: Vec<f32>,
+}
+
+impl Rows {
+    fn new(kind: Kind, len: usize, width: usize, seed: u64) -> Self {
+        // No slack after the last row: a kernel that reads on leaves the allocation.
+        let stride = width + 3;
+        let size = (len * stride).saturating_sub(3);
+        let f = noise(size, seed);
+        let b = f.iter().map(|&x| bf16::from_f32(x)).collect();
+        let i = f.iter().map(|&x| (x * 127.0) as i8).collect();
+        let scales = noise(len, seed + 1).iter().map(|x| (x.abs() + 0.1) / 127.0).collect();
+        Rows { kind, stride, width, f, b, i, scales }
+    }
+
+    fn codec(&self) -> Codec<'_> {
+        match self.kind {
+            Kind::F32 => Codec::F32 { data: &self.f, stride: self.stride },
+            Kind::Bf16 => Codec::Bf16 { data: &self.b, stride: self.stride },
+            Kind::Int8 => Codec::Int8 { data: &self.i, stride: self.stride, scales: &self.scales },
+        }
+    }
+
+    fn row(&self, j: usize) -> Vec<f32> {
+        let mut r = vec![0.0; self.width];
+        self.codec().row(j, &mut r);
+        r
+    }
+}
+
+struct Part {
+    k: Rows,
+    v: Rows,
+    len: usize,
+    channels: Option<Vec<u32>>,
+}
+
+struct Store {
+    d: usize,
+    dv: usize,
+    heads: Vec<Vec<Part>>,
+}
+
+impl Store {
+    /// One K/V head for each list of (length, key kind, value kind, pruned).
+    fn new(d: usize, dv: usize, heads: &[&[(usize, Kind, Kind, bool)]]) -> Self {
+        let mut seed = 100;
+        let mut part = |&(len, kk, vk, pruned): &(usize, Kind, Kind, bool)| {
+            seed += 10;
+            let channels = pruned.then(|| (0..d as u32).filter(|c| c % 3 != 1).collect::<Vec<_>>());
+            let kw = channels.as_ref().map_or(d, Vec::len);
+            Part { k: Rows::new(kk, len, kw, seed), v: Rows::new(vk, len, dv, seed + 5), len, channels }
+        };
+        Store { d, dv, heads: heads.iter().map(|h| h.iter().map(&mut part).collect::<Vec<_>>()).collect() }
+    }
+
+    fn segments(&self) -> Vec<Vec<Segment<'_>>> {
+        let one = |p| {
+            let Part { k, v, len, channels }: &Part = p;
+            Segment { k: k.codec(), v: v.codec(), len: *len, channels: channels.as_deref() }
+        };
+        self.heads.iter().map(|h| h.iter().map(&one).collect()).collect()
+    }
+
+    fn len(&self, head: usize) -> usize {
+        self.heads[head].iter().map(|p| p.len).sum()
+    }
+
+    /// Decoded (k, v), zeros in pruned channels and after the end, `tk` rows a head.
+    fn dense(&self, tk: usize) -> (Vec<f32>, Vec<f32>) {
+        let (mut ks, mut vs) = (vec![], vec![]);
+        for h in &self.heads {
+            let (mut k, mut v) = (vec![], vec![]);
+            for p in h {
+                for j in 0..p.len {
+                    let row = p.k.row(j);
+                    match &p.channels {
+                        None => k.extend(row),
+                        Some(c) => {
+                            let mut full = vec![0.0; self.d];
+                            c.iter().zip(row).for_each(|(&c, x)| full[c as usize] = x);
+                            k.extend(full);
+                        }
+                    }
+                    v.extend(p.v.row(j));
+                }
+            }
+            k.resize(tk * self.d, 0.0);
+            v.resize(tk * self.dv, 0.0);
+            ks.extend(k);
+            vs.extend(v);
+        }
+        (ks, vs)
+    }
+}
+
+fn f64s(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|&x| f64::from(x)).collect()
+}
+
+fn worst(a: &[f32], b: &[f64]) -> f64 {
+    let diff = |(&a, &b): (&f32, &f64)| if f64::from(a) == b { 0.0 } else { (f64::from(a) - b).abs() };
+    a.iter().zip(b).map(diff).fold(0.0, |a, b| if b > a || b.is_nan() { b } else { a })
+}
+
+/// Attention of one row in plain f32 loops.
+fn plain(q: &[f32], k: &[f32], v: &[f32], keys: &[usize], scale: f32, cap: Option<f32>, dv: usize) -> (Vec<f32>, f32) {
+    let d = q.len();
+    let s: Vec<f32> = keys
+        .iter()
+        .map(|&j| {
+            let mut x = 0f32;
+            for c in 0..d {
+                x += q[c] * k[j * d + c];
+            }
+            cap.map_or(x * scale, |cap| cap * (x * scale / cap).tanh())
+        })
+        .collect();
+    let top = s.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut out = vec![0f32; dv];
+    let mut sum = 0f32;
+    for (&s, &j) in s.iter().zip(keys) {
+        let p = (s - top).exp();
+        sum += p;
+        for c in 0..dv {
+            out[c] += p * v[j * dv + c];
+        }
+    }
+    if sum > 0.0 {
+        out.iter_mut().for_each(|o| *o /= sum);
+    }
+    (out, top + sum.ln())
+}
+
+/// Run every instruction set on one problem; returns the work, which must not depend on it.
+fn check(name: &str, store: &Store, h: usize, n: usize, cap: Option<f32>, select: Option<&KeyLists>) -> Work {
+    let (d, dv, hkv) = (store.d, store.dv, store.heads.len());
+    let group = h / hkv;
+    let q: Vec<f32> = noise(h * n * d, 1).iter().map(|x| 3.0 * x).collect();
+    let scale = 1.0 / (d as f32).sqrt();
+    let tk = (0..hkv).map(|i| store.len(i)).max().unwrap_or(0);
+    let (k, v) = store.dense(tk);
+    let visible = |_: usize, hi: usize, i: usize, j: usize| {
+        let total = store.len(hi / group);
+        j < total
+            && j + n < total + i + 1
+            && select.is_none_or(|s| s.heads[hi].row(i / s.heads[hi].group).contains(&(j as u32)))
+    };
+    let shape = ([1, h, n, d], [hkv, tk, dv]);
+    let (want, want_lse) = twin::attend(
+        &f64s(&q),
+        &f64s(&k),
+        &f64s(&v),
+        shape.0,
+        shape.1,
+        f64::from(scale),
+        cap.map(f64::from),
+        None,
+        &visible,
+    );
+    let (mut same, mut same_lse) = (vec![], vec![]);
+    for hi in 0..h {
+        for i in 0..n {
+            let keys: Vec<usize> = (0..tk).filter(|&j| visible(0, hi, i, j)).collect();
+            let at = hi / group * tk;
+            let (k, v) = (&k[at * d..(at + tk) * d], &v[at * dv..(at + tk) * dv]);
+            let (o, l) = plain(&q[(hi * n + i) * d..][..d], k, v, &keys, scale, cap, dv);
+            same.extend(o);
+            same_lse.push(l);
+        }
+    }
+    let segments = store.segments();
+    let mut first = None;
+    for isa in Isa::available() {
+        let (mut out, mut lse) = (vec![f32::NAN; h * n * dv], vec![f32::NAN; h * n]);
+        let call = Decode { scale, softcap: cap, isa };
+        let work = call.run(&q, [h, n, d], &segments, dv, select, &mut out, &mut lse).unwrap();
+        let (got, allowed) = (worst(&out, &want), 2.0 * worst(&same, &want) + 1e-7);
+        assert!(got <= allowed, "{name} {isa}: output off by {got:e}, allowed {allowed:e}");
+        let (got, allowed) = (worst(&lse, &want_lse), 2.0 * worst(&same_lse, &want_lse) + 5e-7);
+        assert!(got <= allowed, "{name} {isa}: lse off by {got:e}, allowed {allowed:e}");
+        assert_eq!(*first.get_or_insert(work), work);
+    }
+    first.unwrap()
+}
+
+#[test]
+fn plain_stores_of_every_codec_and_size() {
+    for (d, dv) in [(64, 64), (128, 128), (40, 24), (5, 7), (80, 96), (1, 1)] {
+        for kind in [Kind::F32, Kind::Bf16, Kind::Int8] {
+            for len in [1, 2, 17, 63, 64, 65, 200] {
+                let store = Store::new(d, dv, &[&[(len, kind, kind, false)]]);
+                check(&format!("{d} {dv} {len}"), &store, 3, 1, None, None);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_group_size() {
+    let store = Store::new(48, 32, &[&[(100, Kind::F32, Kind::Bf16, false)], &[(70, Kind::Bf16, Kind::Int8, false)]]);
+    for group in [1, 2, 3, 4, 5, 7, 8, 13] {
+        check(&format!("group {group}"), &store, 2 * group, 1, None, None);
+    }
+}
+
+#[test]
+fn several_queries_are_causal() {
+    let store = Store::new(32, 32, &[&[(5, Kind::F32, Kind::F32, false), (90, Kind::F32, Kind::F32, false)]]);
+    for n in [2, 3, 8, 64, 95] {
+        check(&format!("n {n}"), &store, 2, n, None, None);
+    }
+    // More queries than tokens: the first see nothing.
+    check("n 97", &store, 2, 97, None, None);
+}
+
+#[test]
+fn pages_pruned_channels_mixed_codecs_and_ragged_heads() {
+    let (f, b, i) = (Kind::F32, Kind::Bf16, Kind::Int8);
+    let pages: Vec<_> = (0..30).map(|p| (16 - p % 3, f, f, false)).collect();
+    let long: &[(usize, Kind, Kind, bool)] =
+        &[(1500, b, b, true), (0, f, f, false), (600, f, b, false), (1, i, i, true)];
+    let store = Store::new(64, 64, &[long, &[], &pages, &[(33, i, b, true)]]);
+    check("mixed", &store, 12, 1, None, None);
+    check("mixed, capped", &store, 4, 3, Some(5.0), None);
+}
+
+#[test]
+fn long_stores_are_cut_and_merged() {
+    let store = Store::new(64, 64, &[&[(5000, Kind::F32, Kind::F32, false)], &[(700, Kind::Bf16, Kind::Bf16, false)]]);
+    check("long", &store, 4, 1, None, None);
+    check("long", &store, 4, 4, None, None);
+}
+
+#[test]
+fn empty_stores_give_zero() {
+    let store = Store::new(16, 16, &[&[], &[(0, Kind::F32, Kind::F32, false)]]);
+    let (mut out, mut lse) = (vec![1.0; 64], vec![1.0; 4]);
+    for isa in Isa::available() {
+        let call = Decode { isa, ..Decode::new(1.0) };
+        let work = call.run(&[1.0; 64], [4, 1, 16], &store.segments(), 16, None, &mut out, &mut lse).unwrap();
+        assert_eq!(work, Work::default());
+        assert!(out.iter().all(|&o| o == 0.0));
+        assert!(lse.iter().all(|&l| l == f32::NEG_INFINITY));
+    }
+}
+
+fn lists(h: usize, group: usize, make: impl Fn(usize, usize) -> Vec<u32>, groups: usize) -> KeyLists {
+    let head = |hi| HeadKeys::from_lists(group, (0..groups).map(|g| make(hi, g)).collect());
+    KeyLists { heads: (0..h).map(head).collect() }
+}
+
+#[test]
+fn selected_keys() {
+    let (f, b, i) = (Kind::F32, Kind::Bf16, Kind::Int8);
+    let store = Store::new(64, 64, &[&[(900, f, f, false), (100, b, i, true)], &[(300, i, b, false)]]);
+    // A list of its own for each head; one list empty.
+    let own = lists(4, 1, |hi, _| (0..300).filter(|j| hi != 2 && j % (hi as u32 + 2) == 0).collect(), 1);
+    check("own lists", &store, 4, 1, None, Some(&own));
+    // Heads of a group that chose together are read once.
+    let shared = lists(4, 1, |hi, _| (0..300).filter(|j| j % (hi as u32 / 2 + 2) == 0).collect(), 1);
+    let work = check("shared lists", &store, 4, 1, None, Some(&shared));
+    assert_eq!(work.bytes, (150 * (4 * 64 + 4 * 64) + 100 * (68 + 128)) as u64);
+    assert_eq!(work.pairs, 2 * (150 + 100));
+    // One list for all queries, and one for each, some beyond what a query may see.
+    let tail = |hi: usize, g: usize| (250 - hi as u32..300).filter(|j| j % (g as u32 + 1) == 0).collect::<Vec<u32>>();
+    check("group n", &store, 4, 6, None, Some(&lists(4, 6, tail, 1)));
+    check("group 1", &store, 4, 6, Some(3.0), Some(&lists(4, 1, tail, 6)));
+    check("group 4", &store, 4, 6, None, Some(&lists(4, 4, tail, 2)));
+}
+
+#[test]
+fn work_counts_each_row_once_for_its_group() {
+    let (f, b, i) = (Kind::F32, Kind::Bf16, Kind::Int8);
+    let store = Store::new(48, 64, &[&[(1000, f, b, false), (24, i, i, true)], &[(10, b, f, false)]]);
+    let work = check("work", &store, 6, 1, None, None);
+    let bytes = 1000 * (4 * 48 + 2 * 64) + 24 * (32 + 4 + 64 + 4) + 10 * (2 * 48 + 4 * 64);
+    assert_eq!(work.bytes, bytes as u64);
+    assert_eq!(work.pairs, 3 * 1034);
+    assert_eq!(work.flops, 2 * 3 * (1000 * (48 + 64) + 24 * (32 + 64) + 10 * (48 + 64)) as u64);
+    assert_eq!(work.tiles, 3);
+}
+
+#[test]
+fn raw_scores() {
+    for kind in [Kind::F32, Kind::Bf16, Kind::Int8] {
+        for (rows, width, len) in [(1, 64, 1), (3, 64, 700), (5, 12, 130), (2, 33, 64), (1, 3, 5000)] {
+            // Only a prefix of each stored row is read.
+            let keys = Rows::new(kind, len, width + 5, 3);
+            let q = noise(rows * width, 4);
+            let (mut want, mut plain) = (vec![], vec![]);
+            for q in q.chunks(width) {
+                for j in 0..len {
+                    let k = keys.row(j);
+                    want.push(q.iter().zip(&k).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>());
+                    plain.push(q.iter().zip(&k).map(|(a, b)| a * b).sum::<f32>());
+                }
+            }
+            for isa in Isa::available() {
+                let mut out = vec![f32::NAN; rows * len];
+                let work = key_scores(&q, width, keys.codec(), len, &mut out, isa).unwrap();
+                assert_eq!(work.flops, 2 * (rows * len * width) as u64);
+                let (got, allowed) = (worst(&out, &want), 2.0 * worst(&plain, &want) + 1e-6);
+                assert!(got <= allowed, "{isa} {rows} {width} {len}: {got:e} > {allowed:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn refusals() {
+    let store = Store::new(16, 16, &[&[(10, Kind::F32, Kind::F32, false)]]);
+    let mut segments = store.segments();
+    let call = Decode::new(1.0);
+    let run = |segments: &[Vec<Segment>], h, select: Option<&KeyLists>| {
+        let (mut out, mut lse) = (vec![0.0; 16 * h], vec![0.0; h]);
+        call.run(&vec![0.0; 16 * h], [h, 1, 16], segments, 16, select, &mut out, &mut lse).unwrap_err().to_string()
+    };
+    let few = lists(1, 1, |_, _| vec![0], 1);
+    assert!(run(&segments, 2, Some(&few)).contains("key lists"));
+    let far = lists(2, 1, |_, _| vec![10], 1);
+    assert!(run(&segments, 2, Some(&far)).contains("below 10"));
+    assert!(run(&[], 2, None).contains("multiple"));
+    segments[0][0].len = 11;
+    assert!(run(&segments, 1, None).contains("shorten the segment"));
+    let channels = [3, 16];
+    segments[0][0] = Segment { len: 10, channels: Some(&channels), ..segments[0][0] };
+    assert!(run(&segments, 1, None).contains("below head_dim 16"));
+    let keys = store.heads[0][0].k.codec();
+    assert!(key_scores(&[0.0; 16], 16, keys, 11, &mut [0.0; 11], Isa::active()).is_err());
+    assert!(key_scores(&[0.0; 16], 16, keys, 10, &mut [0.0; 9], Isa::active()).is_err());
+}
+
+#[test]
+fn extreme_scores_stay_finite_and_a_nan_shows() {
+    let keys = vec![1e4f32; 300 * 16];
+    let values = noise(300 * 16, 2);
+    let seg = |k| {
+        let (k, v) = (Codec::F32 { data: k, stride: 16 }, Codec::F32 { data: &values, stride: 16 });
+        vec![vec![Segment { k, v, len: 300, channels: None }]]
+    };
+    let mut bad = keys.clone();
+    bad[7 * 16] = f32::NAN;
+    for isa in Isa::available() {
+        let call = Decode { isa, ..Decode::new(1.0) };
+        for q in [1e4, -1e4] {
+            let (mut out, mut lse) = ([0.0; 16], [0.0]);
+            call.run(&[q; 16], [1, 1, 16], &seg(&keys), 16, None, &mut out, &mut lse).unwrap();
+            assert!(out.iter().all(|o| o.abs() <= 1.0) && lse[0].is_finite());
+            call.run(&[q; 16], [1, 1, 16], &seg(&bad), 16, None, &mut out, &mut lse).unwrap();
+            assert!(out.iter().all(|o| o.is_nan()), "{isa}");
+        }
+    }
+}
