@@ -20,6 +20,7 @@
 pub mod cache;
 pub mod error;
 pub mod kernel;
+pub mod laws;
 pub mod prim;
 pub mod registry;
 pub mod sparse;
