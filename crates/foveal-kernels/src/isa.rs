@@ -8,6 +8,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::OnceLock;
 
+static ACTIVE: OnceLock<Isa> = OnceLock::new();
+
 /// Instruction set, in rising order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Isa {
@@ -72,7 +74,6 @@ impl Isa {
     /// A name the machine cannot honour, or no known name, is reported once on standard
     /// error and the detected set is used.
     pub fn active() -> Isa {
-        static ACTIVE: OnceLock<Isa> = OnceLock::new();
         *ACTIVE.get_or_init(|| {
             let best = Isa::detect();
             match std::env::var("FOVEAL_ISA") {
@@ -90,6 +91,18 @@ impl Isa {
                 },
             }
         })
+    }
+
+    /// Put `isa` in force for the whole process, over `FOVEAL_ISA`. Call it before any kernel runs.
+    ///
+    /// Errors: the machine lacks it, or another one is already in force.
+    pub fn set_active(isa: Isa) -> Result<(), String> {
+        let best = Isa::detect();
+        if isa > best {
+            return Err(format!("instruction set {isa} is not available on this machine; the best here is {best}"));
+        }
+        let now = *ACTIVE.get_or_init(|| isa);
+        if now == isa { Ok(()) } else { Err(format!("instruction set {now} is already in force; choose {isa} earlier")) }
     }
 
     /// Every instruction set this machine can run, lowest first.

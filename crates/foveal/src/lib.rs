@@ -17,6 +17,7 @@
 
 #![warn(missing_docs)]
 
+pub mod apply;
 pub mod cache;
 pub mod error;
 pub mod kernel;

@@ -189,6 +189,42 @@ pub enum Law {
     },
 }
 
+impl fmt::Display for Law {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Law::Causal => f.write_str("causal: later tokens change no earlier output"),
+            Law::CausalInBlocks(b) => write!(f, "causal in blocks of {b}: later blocks change no earlier output"),
+            Law::CausalMask => {
+                f.write_str("causal mask: no query attends to a later key (the estimator may look at later queries)")
+            }
+            Law::ExactAt([]) => f.write_str("exact: equals softmax attention"),
+            Law::ExactAt(with) => {
+                let with: Vec<String> = with.iter().map(|(k, v)| format!("{k} = {v}")).collect();
+                write!(f, "exact at {}: equals softmax attention", with.join(", "))
+            }
+            Law::Work { pairs, flops } => {
+                write!(f, "work at default parameters: pairs {pairs}, operations with the estimator {flops}")
+            }
+            Law::StepsAgree => f.write_str("steps agree: many tokens at once equal one by one"),
+            Law::BytesAsDeclared => f.write_str("bytes as declared: resident bytes equal the policy's own arithmetic"),
+            Law::SmallerThanDense => f.write_str("smaller than dense: fewer bytes than a dense store at default parameters"),
+            Law::Monotone { param, values } => {
+                write!(f, "monotone: raising {param} over {} never lowers density or bytes", values.join(", "))
+            }
+        }
+    }
+}
+
+impl fmt::Display for Growth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Growth::Linear => "O(T)",
+            Growth::LogLinear => "O(T log T)",
+            Growth::Quadratic => "O(T²)",
+        })
+    }
+}
+
 /// Raw parameters by name.
 pub type Params = serde_json::Map<String, Value>;
 

@@ -1,0 +1,18 @@
+//! One file a command.
+
+pub mod apply;
+pub mod docs;
+pub mod doctor;
+pub mod list;
+pub mod show;
+
+use crate::error::Result;
+use serde::Serialize;
+use std::io::Write;
+
+/// One JSON value, indented, and a newline.
+pub fn print_json(out: &mut dyn Write, value: &impl Serialize) -> Result {
+    let text = serde_json::to_string_pretty(value).map_err(std::io::Error::from)?;
+    writeln!(out, "{text}")?;
+    Ok(())
+}
