@@ -210,9 +210,11 @@ pub const SLOTS: &[Slot] = &[
 ];
 
 fn slot(s: &str) -> Result<Slot, String> {
-    SLOTS.iter().copied().find(|x| x.to_string() == s.to_lowercase()).ok_or_else(|| {
-        format!("slots are {}", SLOTS.iter().map(Slot::to_string).collect::<Vec<_>>().join(", "))
-    })
+    SLOTS
+        .iter()
+        .copied()
+        .find(|x| x.to_string() == s.to_lowercase())
+        .ok_or_else(|| format!("slots are {}", SLOTS.iter().map(Slot::to_string).collect::<Vec<_>>().join(", ")))
 }
 
 fn assignment(s: &str) -> Result<(String, String), String> {

@@ -102,7 +102,11 @@ impl Isa {
             return Err(format!("instruction set {isa} is not available on this machine; the best here is {best}"));
         }
         let now = *ACTIVE.get_or_init(|| isa);
-        if now == isa { Ok(()) } else { Err(format!("instruction set {now} is already in force; choose {isa} earlier")) }
+        if now == isa {
+            Ok(())
+        } else {
+            Err(format!("instruction set {now} is already in force; choose {isa} earlier"))
+        }
     }
 
     /// Every instruction set this machine can run, lowest first.

@@ -207,7 +207,9 @@ impl fmt::Display for Law {
             }
             Law::StepsAgree => f.write_str("steps agree: many tokens at once equal one by one"),
             Law::BytesAsDeclared => f.write_str("bytes as declared: resident bytes equal the policy's own arithmetic"),
-            Law::SmallerThanDense => f.write_str("smaller than dense: fewer bytes than a dense store at default parameters"),
+            Law::SmallerThanDense => {
+                f.write_str("smaller than dense: fewer bytes than a dense store at default parameters")
+            }
             Law::Monotone { param, values } => {
                 write!(f, "monotone: raising {param} over {} never lowers density or bytes", values.join(", "))
             }

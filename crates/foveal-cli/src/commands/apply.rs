@@ -37,10 +37,7 @@ pub fn run(a: &ApplyArgs, out: &mut dyn Write) -> Result {
         return Err(CliError::Arguments(format!("--scale {s}: give a finite number")));
     }
     if same_file(&a.input, &a.out) {
-        return Err(CliError::Arguments(format!(
-            "--out {} is the input file; give another name",
-            a.out.display()
-        )));
+        return Err(CliError::Arguments(format!("--out {} is the input file; give another name", a.out.display())));
     }
     let bytes = std::fs::read(&a.input).map_err(|e| CliError::file(&a.input, "read", e))?;
     let [q, k, v] = read_qkv(&a.input, &bytes)?;
@@ -65,10 +62,8 @@ pub fn run(a: &ApplyArgs, out: &mut dyn Write) -> Result {
     if a.mask {
         tensors.push(("mask", Ok(done.mask()?)));
     }
-    let tensors: Vec<(&str, Tensor)> = tensors
-        .into_iter()
-        .map(|(n, t)| Ok((n, t.map_err(foveal::Error::from)?)))
-        .collect::<Result<_>>()?;
+    let tensors: Vec<(&str, Tensor)> =
+        tensors.into_iter().map(|(n, t)| Ok((n, t.map_err(foveal::Error::from)?))).collect::<Result<_>>()?;
     let note = HashMap::from([
         ("system".to_string(), spec.to_string()),
         ("causal".to_string(), a.causal.to_string()),

@@ -77,7 +77,8 @@ fn write_help(s: &mut String, c: &mut clap::Command, path: &str) {
 fn systems() -> String {
     let all = registry::catalogue();
     let count = |state| all.iter().filter(|e| e.state == state).count();
-    let mut s = String::from("# Systems\n\nGenerated from the cards and the catalogue by `foveal docs`; do not edit.\n");
+    let mut s =
+        String::from("# Systems\n\nGenerated from the cards and the catalogue by `foveal docs`; do not edit.\n");
     let _ = writeln!(
         s,
         "\n{} systems are catalogued: {} done, {} not yet, {} with nothing to build.\n\n## Built\n",

@@ -52,12 +52,8 @@ pub fn run(a: &DoctorArgs, ctx: &Context, out: &mut dyn Write) -> Result {
 }
 
 fn findings(ctx: &Context) -> Vec<Finding> {
-    let finding = |name, ok: bool, value: String, disables| Finding {
-        name,
-        ok,
-        value,
-        disables: if ok { "" } else { disables },
-    };
+    let finding =
+        |name, ok: bool, value: String, disables| Finding { name, ok, value, disables: if ok { "" } else { disables } };
     let (best, active) = (Isa::detect(), Isa::active());
     let mut all = Vec::new();
     all.push(finding(
