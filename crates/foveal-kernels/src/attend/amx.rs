@@ -11,11 +11,12 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::drive::{Call, Scratch, WORK_TILE};
+use super::drive::{Call, Scratch, Source, WORK_TILE};
 use super::strip::{Finish, MAX_STRIP, NO_MAX};
 use crate::exp::LOG2_E;
 use crate::work::Work;
 use half::bf16;
+use rayon::prelude::*;
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -65,10 +66,13 @@ impl Drop for Tiles {
 /// Operands of one product of up to 2 × 2 tiles, C = Σ A·B over `steps`; all distances in bytes.
 struct Product {
     steps: usize,
+    /// Where A lies: its start with a distance from step to step, or (`LIST`) one start a step
+    /// and a distance common to all.
     a: *const u8,
+    a_list: *const *const u8,
+    a_step: usize,
     /// From the first row tile of A to the second.
     a_next: usize,
-    a_step: usize,
     a_line: usize,
     /// The second column tile of B (and of C) lies 64 bytes on.
     b: *const u8,
@@ -80,7 +84,7 @@ struct Product {
 
 /// C = [C +] Σ A·B with one or two row tiles (`A2`) and column tiles (`B2`).
 #[inline(always)]
-unsafe fn product<const ADD: bool, const A2: bool, const B2: bool>(p: &Product) {
+unsafe fn product<const ADD: bool, const LIST: bool, const A2: bool, const B2: bool>(p: &Product) {
     // Tiles 0..=3 are C, 4 and 5 A, 6 and 7 B; nobody else uses any between these statements.
     macro_rules! tile {
         ($op:literal, $p:expr, $line:expr) => {
@@ -104,7 +108,10 @@ unsafe fn product<const ADD: bool, const A2: bool, const B2: bool>(p: &Product) 
         asm!("tilezero tmm0", "tilezero tmm1", options(nostack, preserves_flags));
         asm!("tilezero tmm2", "tilezero tmm3", options(nostack, preserves_flags));
     }
-    for _ in 0..p.steps {
+    for i in 0..p.steps {
+        if LIST {
+            a = (*p.a_list.add(i)).add(p.a_step);
+        }
         tile!("tileloadd tmm6, [{p} + {l}*1]", b, p.b_line);
         tile!("tileloadd tmm4, [{p} + {l}*1]", a, p.a_line);
         asm!("tdpbf16ps tmm0, tmm4, tmm6", options(nostack, preserves_flags));
@@ -119,7 +126,9 @@ unsafe fn product<const ADD: bool, const A2: bool, const B2: bool>(p: &Product) 
         if A2 && B2 {
             asm!("tdpbf16ps tmm3, tmm5, tmm7", options(nostack, preserves_flags));
         }
-        a = a.wrapping_add(p.a_step);
+        if !LIST {
+            a = a.wrapping_add(p.a_step);
+        }
         b = b.wrapping_add(p.b_step);
     }
     tile!("tilestored [{p} + {l}*1], tmm0", c, p.c_line);
@@ -134,6 +143,32 @@ unsafe fn product<const ADD: bool, const A2: bool, const B2: bool>(p: &Product) 
     }
 }
 
+/// Scores of 32 keys and 32 queries for heads 64 wide, the commonest: the four tiles of queries stay
+/// in registers, which halves the loads.
+#[inline(always)]
+unsafe fn scores_64(k: *const u8, k_line: usize, q: *const u8, line: usize, s: *mut u8) {
+    macro_rules! tile {
+        ($op:literal, $p:expr, $line:expr) => {
+            asm!($op, p = in(reg) $p, l = in(reg) $line, options(nostack, preserves_flags))
+        };
+    }
+    let q1 = q.add(ROWS * line);
+    tile!("tileloadd tmm4, [{p} + {l}*1]", q, line);
+    tile!("tileloadd tmm5, [{p} + {l}*1 + 64]", q, line);
+    tile!("tileloadd tmm6, [{p} + {l}*1]", q1, line);
+    tile!("tileloadd tmm7, [{p} + {l}*1 + 64]", q1, line);
+    for r in 0..2 {
+        let (k, s) = (k.add(r * ROWS * k_line), s.add(r * ROWS * line));
+        asm!("tilezero tmm0", "tilezero tmm1", options(nostack, preserves_flags));
+        tile!("tileloadd tmm2, [{p} + {l}*1]", k, k_line);
+        asm!("tdpbf16ps tmm0, tmm2, tmm4", "tdpbf16ps tmm1, tmm2, tmm5", options(nostack, preserves_flags));
+        tile!("tileloadd tmm3, [{p} + {l}*1 + 64]", k, k_line);
+        asm!("tdpbf16ps tmm0, tmm3, tmm6", "tdpbf16ps tmm1, tmm3, tmm7", options(nostack, preserves_flags));
+        tile!("tilestored [{p} + {l}*1], tmm0", s, line);
+        tile!("tilestored [{p} + {l}*1 + 64], tmm1", s, line);
+    }
+}
+
 /// One strip × tile visit. `w` = 16 · `nv` queries.
 struct Visit {
     nv: usize,
@@ -145,11 +180,10 @@ struct Visit {
     nk: usize,
     /// Qᵀ: dp/2 rows of `w` pairs of channels.
     q: *const u8,
-    k: *const u8,
-    /// Bytes from key to key.
-    k_line: usize,
-    /// Vᵀ: for each 32 keys, for each 16 channels, one tile.
-    v: *const u8,
+    /// For each 32 keys, where their rows start and the bytes from row to row.
+    k: *const (*const u8, usize),
+    /// For each 32 keys, Vᵀ: one tile for each 16 channels.
+    v: *const *const u8,
     /// As in `strip`.
     masks: *const u64,
     squash: f32,
@@ -265,35 +299,42 @@ unsafe fn visit_wide<const NV: usize>(t: &Visit) {
     let line = NV * LINE;
     let chunks = t.nk.div_ceil(32);
     for j in 0..chunks {
-        let mut p = Product {
-            steps: t.dp / 32,
-            a: t.k.add(j * 32 * t.k_line),
-            a_next: ROWS * t.k_line,
-            a_step: LINE,
-            a_line: t.k_line,
-            b: t.q,
-            b_step: ROWS * line,
-            b_line: line,
-            c: t.s.add(j * 32 * NV * 16).cast(),
-            c_line: line,
-        };
+        let (k, k_line) = *t.k.add(j);
+        let s: *mut u8 = t.s.add(j * 32 * NV * 16).cast();
         for v in (0..NV).step_by(2) {
-            if v + 1 < NV {
-                product::<false, true, true>(&p);
-            } else {
-                product::<false, true, false>(&p);
+            let (q, s) = (t.q.add(v * LINE), s.add(v * LINE));
+            if t.dp == 64 && v + 1 < NV {
+                scores_64(k, k_line, q, line, s);
+                continue;
             }
-            p.b = p.b.wrapping_add(2 * LINE);
-            p.c = p.c.wrapping_add(2 * LINE);
+            let p = Product {
+                steps: t.dp / 32,
+                a: k,
+                a_list: std::ptr::null(),
+                a_step: LINE,
+                a_next: ROWS * k_line,
+                a_line: k_line,
+                b: q,
+                b_step: ROWS * line,
+                b_line: line,
+                c: s,
+                c_line: line,
+            };
+            if v + 1 < NV {
+                product::<false, false, true, true>(&p);
+            } else {
+                product::<false, false, true, false>(&p);
+            }
         }
     }
     softmax::<NV>(t);
     for i in (0..t.dv_tiles).step_by(2) {
         let mut p = Product {
             steps: chunks,
-            a: t.v.add(i * TILE),
+            a: std::ptr::null(),
+            a_list: t.v,
+            a_step: i * TILE,
             a_next: TILE,
-            a_step: t.dv_tiles * TILE,
             a_line: LINE,
             b: t.s.cast(),
             b_step: ROWS * line,
@@ -303,10 +344,10 @@ unsafe fn visit_wide<const NV: usize>(t: &Visit) {
         };
         for v in (0..NV).step_by(2) {
             match (i + 1 < t.dv_tiles, v + 1 < NV) {
-                (true, true) => product::<true, true, true>(&p),
-                (true, false) => product::<true, true, false>(&p),
-                (false, true) => product::<true, false, true>(&p),
-                (false, false) => product::<true, false, false>(&p),
+                (true, true) => product::<true, true, true, true>(&p),
+                (true, false) => product::<true, true, true, false>(&p),
+                (false, true) => product::<true, true, false, true>(&p),
+                (false, false) => product::<true, true, false, false>(&p),
             }
             p.b = p.b.wrapping_add(2 * LINE);
             p.c = p.c.wrapping_add(2 * LINE);
@@ -402,10 +443,69 @@ unsafe fn pad_row(from: *const u16, n: usize, padded: usize, to: *mut u16) {
     std::ptr::write_bytes(to.add(n), 0, padded - n);
 }
 
+/// Vᵀ of every (batch, K/V head), 32 keys after 32 keys, in tiles.
+pub(super) struct PackedValues {
+    data: Vec<f32>,
+    /// Of the first tile, on a cache line.
+    start: usize,
+    /// Sets of 32 keys of a head.
+    chunks: usize,
+    /// Elements of the tiles of 32 keys.
+    size: usize,
+}
+
+impl PackedValues {
+    fn chunk(&self, head: usize, chunk: usize) -> *const u8 {
+        self.data[self.start + (head * self.chunks + chunk) * self.size..].as_ptr().cast()
+    }
+}
+
 impl Call<'_, bf16> {
     /// Whether this path can serve the call: maxima of scores need a positive factor on them.
     pub(super) fn suits_amx(&self) -> bool {
         self.p.softcap.is_some() || self.p.scale > 0.0
+    }
+
+    /// Vᵀ of the given (up to 32) rows.
+    ///
+    /// # Safety
+    /// The machine has AVX-512; `to` has room for the tiles of all value channels.
+    unsafe fn pack_values(&self, b: usize, kh: usize, keys: impl Iterator<Item = usize>, to: *mut u8) {
+        let (mut from, mut n) = ([std::ptr::null(); 32], 0);
+        for j in keys {
+            from[n] = self.v.row(b, kh, j).as_ptr().cast();
+            n += 1;
+        }
+        pack_values(&from[..n], self.v.shape[3], to);
+    }
+
+    /// Pack all of V, where tasks will come to more than that.
+    ///
+    /// # Safety
+    /// The machine has AVX-512.
+    pub(super) unsafe fn pack_all_values(&self) -> Option<PackedValues> {
+        let [b, hkv, tk, dv] = self.v.shape;
+        let visited = match self.source {
+            Source::Dense => usize::MAX,
+            Source::Table(t) if t.iter().all(|t| t.block_k.is_multiple_of(32)) => {
+                t.iter().map(|t| t.blocks.len() * t.block_k).sum()
+            }
+            _ => 0,
+        };
+        if visited < b * hkv * tk || self.v.shape.contains(&0) || self.q.shape.contains(&0) {
+            return None;
+        }
+        let (chunks, size) = (tk.div_ceil(32), dv.div_ceil(16) * TILE / 4);
+        // Zeroed by the system, page by page, in the threads that write them.
+        let mut data = vec![0f32; b * hkv * chunks * size + LINE / 4];
+        let start = data.as_ptr().align_offset(LINE);
+        data[start..].par_chunks_exact_mut(size).take(b * hkv * chunks).enumerate().for_each(|(i, to)| {
+            let (bk, first) = (i / chunks, i % chunks * 32);
+            let keys = first..(first + 32).min(tk);
+            // SAFETY: by the contract; `to` is of the size for all value channels.
+            unsafe { self.pack_values(bk / hkv, bk % hkv, keys, to.as_mut_ptr().cast()) };
+        });
+        Some(PackedValues { data, start, chunks, size })
     }
 
     /// As `rows`, on tiles.
@@ -416,7 +516,7 @@ impl Call<'_, bf16> {
         let h = self.q.shape[1];
         let (bi, hi) = (bh / h, bh % h);
         let kh = hi / (h / self.k.shape[1]);
-        let (d, dv) = (self.q.shape[3], self.v.shape[3]);
+        let (d, dv, tk) = (self.q.shape[3], self.v.shape[3], self.k.shape[2]);
         let work = self.list(s, bh, &rows);
 
         let n = rows.len();
@@ -453,24 +553,35 @@ impl Call<'_, bf16> {
         let tiles = Tiles::new();
         for at in (0..s.keys.len()).step_by(KEYS) {
             let keys = &s.keys[at..(at + KEYS).min(s.keys.len())];
-            let (first_key, nk) = (keys[0] as usize, keys.len());
-            // Rows of K that follow each other serve as they are; others are gathered.
-            let run = keys[nk - 1] as usize - first_key + 1 == nk;
-            let (k, k_line) = if run && nk.is_multiple_of(32) && d == dp {
-                (self.k.head(bi, kh).as_ptr().add(first_key * self.k.strides[2]).cast::<u8>(), 2 * self.k.strides[2])
-            } else {
-                for (x, &j) in keys.iter().enumerate() {
-                    pad_row(self.k.row(bi, kh, j as usize).as_ptr().cast(), d, dp, own_k.add(x * dp));
-                }
-                std::ptr::write_bytes(own_k.add(nk * dp), 0, (nk.next_multiple_of(32) - nk) * dp);
-                (own_k.cast_const().cast(), 2 * dp)
-            };
+            let nk = keys.len();
+            let mut k_at = [(std::ptr::null(), 0); KEYS / 32];
+            let mut v_at = [std::ptr::null(); KEYS / 32];
             for (x, chunk) in keys.chunks(32).enumerate() {
-                let mut from = [std::ptr::null(); 32];
-                for (f, &j) in from.iter_mut().zip(chunk) {
-                    *f = self.v.row(bi, kh, j as usize).as_ptr().cast();
-                }
-                pack_values(&from[..chunk.len()], dv, vt.add(x * dv_tiles * TILE));
+                let first = chunk[0] as usize;
+                // Rows that follow each other serve as they lie; others are gathered.
+                let run = chunk[chunk.len() - 1] as usize - first + 1 == chunk.len();
+                k_at[x] = if run && chunk.len() == 32 && d == dp {
+                    let step = self.k.strides[2];
+                    (self.k.head(bi, kh).as_ptr().add(first * step).cast::<u8>(), 2 * step)
+                } else {
+                    let to = own_k.add(x * 32 * dp);
+                    for (y, &j) in chunk.iter().enumerate() {
+                        pad_row(self.k.row(bi, kh, j as usize).as_ptr().cast(), d, dp, to.add(y * dp));
+                    }
+                    std::ptr::write_bytes(to.add(chunk.len() * dp), 0, (32 - chunk.len()) * dp);
+                    (to.cast_const().cast(), 2 * dp)
+                };
+                // A chunk cut short (by causality) is packed anew: weights of zero would not keep
+                // an infinite value of the future out.
+                let whole = run && first.is_multiple_of(32) && (chunk.len() == 32 || first + chunk.len() == tk);
+                v_at[x] = match &self.packed {
+                    Some(p) if whole => p.chunk(bi * self.k.shape[1] + kh, first / 32),
+                    _ => {
+                        let to = vt.add(x * dv_tiles * TILE);
+                        self.pack_values(bi, kh, chunk.iter().map(|&j| j as usize), to);
+                        to
+                    }
+                };
             }
             for i in (0..n).step_by(STRIP) {
                 let (b, w) = strip(i);
@@ -494,9 +605,8 @@ impl Call<'_, bf16> {
                     dv_tiles,
                     nk: to - from,
                     q: q.add(i * dp / 2).cast_const().cast(),
-                    k: k.add(from * k_line),
-                    k_line,
-                    v: vt.add(from / 32 * dv_tiles * TILE),
+                    k: k_at.as_ptr().add(from / 32),
+                    v: v_at.as_ptr().add(from / 32),
                     masks: if masked { s.masks.as_ptr() } else { std::ptr::null() },
                     squash,
                     c,

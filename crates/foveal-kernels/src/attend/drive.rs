@@ -89,6 +89,8 @@ pub(super) struct Call<'a, T> {
     pub(super) v: &'a View<'a, T>,
     pub(super) out: Rows<'a, f32>,
     pub(super) lse: Rows<'a, f32>,
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    pub(super) packed: Option<super::amx::PackedValues>,
 }
 
 /// Run a call whose shapes and tables were checked.
@@ -136,7 +138,24 @@ pub(crate) fn run<T: Element>(
     let mut lse = ViewMut::contiguous("lse", lse, [b, h, tq, 1])?;
     let threads = rayon::current_num_threads();
     let tasks = tasks(source, [b, h, k.shape[1], tq], threads);
-    let call = Call { p, source, kernels: Kernels::of(p.isa), q, k, v, out: out.rows(), lse: lse.rows() };
+    #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(unused_mut))]
+    let mut call = Call {
+        p,
+        source,
+        kernels: Kernels::of(p.isa),
+        q,
+        k,
+        v,
+        out: out.rows(),
+        lse: lse.rows(),
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        packed: None,
+    };
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if let Some(same) = call.on_tiles() {
+        // SAFETY: a call on tiles is on a machine with AVX-512.
+        call.packed = unsafe { same.pack_all_values() };
+    }
     // A shared counter rather than a split of the list: tasks start in their order (long causal
     // rows of a head first, heads of a group together), so the tail is short tasks.
     let next = AtomicUsize::new(0);
@@ -277,10 +296,13 @@ impl<T: Element> Call<'_, T> {
                 }
             }
         };
+        // A window may start anywhere, but packed values start at multiples of 32; what that adds
+        // is cut from each strip (or masked).
+        let aligned = seen.start / 32 * 32;
         match self.source {
             Source::Dense => {
                 count(seen.clone(), WORK_TILE);
-                s.keys.extend(seen.start as u32..seen.end.max(seen.start) as u32);
+                s.keys.extend(aligned as u32..seen.end.max(aligned) as u32);
             }
             Source::Table(t) => {
                 let t = &t[bh];
@@ -297,10 +319,11 @@ impl<T: Element> Call<'_, T> {
                         continue;
                     }
                     count(run.clone(), t.block_k);
+                    let from = lo.max(aligned);
                     if t.rows.is_some() {
-                        s.marks.resize(s.marks.len() + run.len(), mark);
+                        s.marks.resize(s.marks.len() + run.end - from, mark);
                     }
-                    s.keys.extend(run.start as u32..run.end as u32);
+                    s.keys.extend(from as u32..run.end as u32);
                 }
             }
             Source::Keys(t) => {
@@ -323,16 +346,24 @@ impl<T: Element> Call<'_, T> {
         work
     }
 
+    /// This call as one that runs on AMX tiles, if it does: the machine has them, and the system
+    /// lets us use them.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    fn on_tiles(&self) -> Option<&Call<'_, bf16>> {
+        if TypeId::of::<T>() != TypeId::of::<bf16>() || self.p.isa.min(crate::Isa::detect()) != crate::Isa::Amx {
+            return None;
+        }
+        // SAFETY: T is bf16, so the types are one.
+        let same = unsafe { &*std::ptr::from_ref(self).cast::<Call<'_, bf16>>() };
+        same.suits_amx().then_some(same)
+    }
+
     /// Attend `rows` of one head, all of one block and at most MAX_TASK.
     fn rows_on_best(&self, s: &mut Scratch, bh: usize, rows: Range<usize>) -> Work {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if TypeId::of::<T>() == TypeId::of::<bf16>() && self.p.isa.min(crate::Isa::detect()) == crate::Isa::Amx {
-            // SAFETY: T is bf16, so the types are one.
-            let same = unsafe { &*std::ptr::from_ref(self).cast::<Call<'_, bf16>>() };
-            if same.suits_amx() {
-                // SAFETY: `detect` found AMX, and asked the system for it.
-                return unsafe { same.rows_amx(s, bh, rows) };
-            }
+        if let Some(same) = self.on_tiles() {
+            // SAFETY: a call on tiles is on a machine with AMX.
+            return unsafe { same.rows_amx(s, bh, rows) };
         }
         self.rows(s, bh, rows)
     }
