@@ -127,7 +127,7 @@ impl Simd for Portable {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::{Avx2, Avx512};
+pub(crate) use x86::{Avx2, Avx512, transpose};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -275,5 +275,35 @@ mod x86 {
         unsafe fn abs_lt(a: __m512, b: __m512) -> u32 {
             u32::from(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(a), b))
         }
+    }
+
+    /// Transpose a 16 × 16 matrix of u32.
+    #[inline(always)]
+    pub(crate) unsafe fn transpose(x: [__m512i; 16]) -> [__m512i; 16] {
+        let mut a = x;
+        for i in 0..8 {
+            a[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+            a[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+        }
+        // b[4i + c]: column 4l + c of rows 4i.. in 128-bit lane l.
+        let mut b = a;
+        for i in 0..4 {
+            b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+            b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+            b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+            b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+        }
+        let mut y = b;
+        for c in 0..4 {
+            let low = _mm512_shuffle_i32x4::<0x88>(b[c], b[4 + c]);
+            let high = _mm512_shuffle_i32x4::<0xdd>(b[c], b[4 + c]);
+            let low2 = _mm512_shuffle_i32x4::<0x88>(b[8 + c], b[12 + c]);
+            let high2 = _mm512_shuffle_i32x4::<0xdd>(b[8 + c], b[12 + c]);
+            y[c] = _mm512_shuffle_i32x4::<0x88>(low, low2);
+            y[8 + c] = _mm512_shuffle_i32x4::<0xdd>(low, low2);
+            y[4 + c] = _mm512_shuffle_i32x4::<0x88>(high, high2);
+            y[12 + c] = _mm512_shuffle_i32x4::<0xdd>(high, high2);
+        }
+        y
     }
 }

@@ -14,6 +14,7 @@
 use super::drive::{Call, Scratch, Source, WORK_TILE};
 use super::strip::{Finish, MAX_STRIP, NO_MAX};
 use crate::exp::LOG2_E;
+use crate::simd::transpose;
 use crate::work::Work;
 use half::bf16;
 use rayon::prelude::*;
@@ -365,55 +366,21 @@ unsafe fn visit(t: &Visit) {
     }
 }
 
-/// Transpose `rows` of `n` u32 into `n` rows of `w`, lanes past the rows zero.
+/// Transpose `rows` of `n` u32 (a multiple of 16) into `n` rows of `w`, lanes past the rows zero.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn pack_pairs(rows: &[*const u32], n: usize, w: usize, to: *mut u32) {
-    let full = rows.len() / 4 * 4;
-    for i in (0..full).step_by(4) {
-        // `n` is a multiple of 16.
-        for c in (0..n).step_by(4) {
-            let x: [[u32; 4]; 4] = std::array::from_fn(|y| rows[i + y].add(c).cast::<[u32; 4]>().read_unaligned());
-            for y in 0..4 {
-                let line = [x[0][y], x[1][y], x[2][y], x[3][y]];
-                to.add((c + y) * w + i).cast::<[u32; 4]>().write_unaligned(line);
+    for i in (0..w).step_by(16) {
+        for c in (0..n).step_by(16) {
+            let mut x = [_mm512_setzero_si512(); 16];
+            for (x, row) in x.iter_mut().zip(rows.iter().skip(i)) {
+                *x = _mm512_loadu_si512(row.add(c).cast());
+            }
+            let y = transpose(x);
+            for r in 0..16 {
+                _mm512_storeu_si512(to.add((c + r) * w + i).cast(), y[r]);
             }
         }
     }
-    for i in full..w {
-        for c in 0..n {
-            *to.add(c * w + i) = if i < rows.len() { *rows[i].add(c) } else { 0 };
-        }
-    }
-}
-
-/// Transpose a 16 × 16 matrix of u32.
-#[inline(always)]
-unsafe fn transpose(x: [__m512i; 16]) -> [__m512i; 16] {
-    let mut a = x;
-    for i in 0..8 {
-        a[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
-        a[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
-    }
-    // b[4i + c]: column 4l + c of rows 4i.. in 128-bit lane l.
-    let mut b = a;
-    for i in 0..4 {
-        b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-        b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-    }
-    let mut y = b;
-    for c in 0..4 {
-        let low = _mm512_shuffle_i32x4::<0x88>(b[c], b[4 + c]);
-        let high = _mm512_shuffle_i32x4::<0xdd>(b[c], b[4 + c]);
-        let low2 = _mm512_shuffle_i32x4::<0x88>(b[8 + c], b[12 + c]);
-        let high2 = _mm512_shuffle_i32x4::<0xdd>(b[8 + c], b[12 + c]);
-        y[c] = _mm512_shuffle_i32x4::<0x88>(low, low2);
-        y[8 + c] = _mm512_shuffle_i32x4::<0xdd>(low, low2);
-        y[4 + c] = _mm512_shuffle_i32x4::<0x88>(high, high2);
-        y[12 + c] = _mm512_shuffle_i32x4::<0xdd>(high, high2);
-    }
-    y
 }
 
 /// Vᵀ of up to 32 rows as tiles of 16 channels; missing rows and channels are zero.

@@ -288,8 +288,9 @@ pub(super) struct Finish<'a> {
     pub lse: *mut f32,
 }
 
+/// Fill in the log-sum-exp of each row and return the factor on its values.
 #[inline(always)]
-unsafe fn finish_on(f: &Finish) {
+unsafe fn factors(f: &Finish) -> [f32; MAX_STRIP] {
     let mut factor = [0f32; MAX_STRIP];
     for i in 0..f.rows.len() {
         let (m, l) = (*f.m.add(i) * f.c, *f.l.add(i));
@@ -304,6 +305,12 @@ unsafe fn finish_on(f: &Finish) {
         *f.lse.add(i) = if none { f32::NEG_INFINITY } else { top * LN_2 + sum.ln() };
         factor[i] = if l == 0.0 { 0.0 } else { keep / sum };
     }
+    factor
+}
+
+#[inline(always)]
+unsafe fn finish_on(f: &Finish) {
+    let factor = factors(f);
     let n = f.rows.len();
     let mut i = 0;
     while i < n {
@@ -387,10 +394,55 @@ static PORTABLE: Kernels = Kernels {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::*;
-    use crate::simd::{Avx2, Avx512};
+    use crate::simd::{Avx2, Avx512, transpose};
+    use std::arch::x86_64::*;
+
+    /// The lowest `n` (or all 16) lanes.
+    #[inline(always)]
+    fn lanes(n: usize) -> u16 {
+        if n >= 16 { 0xffff } else { (1 << n) - 1 }
+    }
+
+    /// [`pack_on`], 16 × 16 at a time.
+    #[inline(always)]
+    unsafe fn pack_16(rows: &[*const f32], n: usize, scale: f32, w: usize, to: *mut f32) {
+        let scale = _mm512_set1_ps(scale);
+        for i in (0..w).step_by(16) {
+            for c in (0..n).step_by(16) {
+                let mut x = [_mm512_setzero_si512(); 16];
+                for (x, row) in x.iter_mut().zip(rows.iter().skip(i)) {
+                    *x = _mm512_castps_si512(_mm512_maskz_loadu_ps(lanes(n - c), row.add(c)));
+                }
+                let y = transpose(x);
+                for r in 0..(n - c).min(16) {
+                    _mm512_storeu_ps(to.add((c + r) * w + i), _mm512_mul_ps(_mm512_castsi512_ps(y[r]), scale));
+                }
+            }
+        }
+    }
+
+    /// [`finish_on`], 16 × 16 at a time.
+    #[inline(always)]
+    unsafe fn finish_16(f: &Finish) {
+        let factor = factors(f);
+        for i in (0..f.rows.len()).step_by(16) {
+            let rows = &f.rows[i..f.rows.len().min(i + 16)];
+            for c in (0..f.dv).step_by(16) {
+                let mut x = [_mm512_setzero_si512(); 16];
+                for (r, x) in x.iter_mut().enumerate().take(f.dv - c) {
+                    *x = _mm512_loadu_si512(f.o.add((c + r) * f.w + i).cast());
+                }
+                let y = transpose(x);
+                for (r, row) in rows.iter().enumerate() {
+                    let y = _mm512_mul_ps(_mm512_castsi512_ps(y[r]), _mm512_set1_ps(factor[i + r]));
+                    _mm512_mask_storeu_ps(row.add(c), lanes(f.dv - c), y);
+                }
+            }
+        }
+    }
 
     macro_rules! kernels {
-        ($name:ident, $set:ty, $features:literal, $vecs:literal, $module:ident) => {
+        ($name:ident, $set:ty, $features:literal, $vecs:literal, $pack:ident, $finish:ident, $module:ident) => {
             mod $module {
                 use super::*;
                 #[target_feature(enable = $features)]
@@ -399,11 +451,11 @@ mod x86 {
                 }
                 #[target_feature(enable = $features)]
                 pub(super) unsafe fn pack(rows: &[*const f32], n: usize, scale: f32, w: usize, to: *mut f32) {
-                    pack_on(rows, n, scale, w, to)
+                    $pack(rows, n, scale, w, to)
                 }
                 #[target_feature(enable = $features)]
                 pub(super) unsafe fn finish(f: &Finish) {
-                    finish_on(f)
+                    $finish(f)
                 }
                 #[target_feature(enable = $features)]
                 pub(super) unsafe fn widen(from: *const u16, n: usize, to: *mut f32) {
@@ -420,6 +472,6 @@ mod x86 {
             };
         };
     }
-    kernels!(AVX2, Avx2, "avx2,fma", 2, avx2);
-    kernels!(AVX512, Avx512, "avx512f,avx512bw,avx512dq,avx512vl", 4, avx512);
+    kernels!(AVX2, Avx2, "avx2,fma", 2, pack_on, finish_on, avx2);
+    kernels!(AVX512, Avx512, "avx512f,avx512bw,avx512dq,avx512vl", 4, pack_16, finish_16, avx512);
 }
