@@ -1,11 +1,27 @@
-//! Time of exact attention: `attend_bench B H HKV TQ TK D [causal] [bf16] [density=0.25] [block=64]`.
+//! Time of exact attention: `attend_bench B H HKV TQ TK D [causal] [bf16] [density=0.25] [block=64] [group=1]`.
 //!
 //! Prints the best and median of several runs in ms, GFLOP/s of the work really done, and the same
 //! per second of processor time, which other programs on the machine disturb less.
 
-use foveal_kernels::{Attend, BlockTable, HeadTable, Isa, View, ViewMut};
+use foveal_kernels::{
+    Attend, BlockTable, Element, HeadKeys, HeadTable, Isa, KeyLists, View, ViewMut, Work, attend_indexed,
+};
 use half::bf16;
 use std::time::Instant;
+
+fn run<T: Element>(
+    call: &Attend,
+    lists: Option<&KeyLists>,
+    q: &View<T>,
+    k: &View<T>,
+    v: &View<T>,
+    o: &mut ViewMut<f32>,
+) -> foveal_kernels::Result<Work> {
+    match lists {
+        None => call.run(q, k, v, o, None),
+        Some(l) => attend_indexed(call, l, q, k, v, o, None),
+    }
+}
 
 /// Processor time of this process (all threads), from `/proc`; NaN elsewhere.
 fn cpu_seconds() -> f64 {
@@ -22,7 +38,7 @@ fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let nums: Vec<usize> = args.iter().filter_map(|a| a.parse().ok()).collect();
     let [b, h, hkv, tq, tk, d] = nums[..] else {
-        eprintln!("usage: attend_bench B H HKV TQ TK D [causal] [bf16] [density=0.25] [block=64]");
+        eprintln!("usage: attend_bench B H HKV TQ TK D [causal] [bf16] [density=0.25] [block=64] [group=1]");
         std::process::exit(2);
     };
     let has = |s: &str| args.iter().any(|a| a == s);
@@ -48,6 +64,19 @@ fn main() {
             .collect();
         BlockTable { heads }
     });
+    // With a group: key lists of that density instead of blocks.
+    let group = value("group=").map(|g| g as usize);
+    let lists = group.map(|group| {
+        let density = value("density=").unwrap_or(1.0);
+        let heads = (0..b * h)
+            .map(|_| {
+                let list = |_| (0..tk as u32).filter(|_| f64::from(random() / 3.4 + 0.5) < density).collect();
+                HeadKeys::from_lists(group, (0..tq.div_ceil(group)).map(list).collect())
+            })
+            .collect();
+        KeyLists { heads }
+    });
+    let table = if lists.is_some() { None } else { table };
     let call = Attend::new(1.0 / (d as f32).sqrt()).causal(has("causal")).table(table.as_ref()).isa(Isa::active());
     let mut out = vec![0f32; b * h * tq * d];
     let narrow = |x: &[f32]| x.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>();
@@ -62,10 +91,10 @@ fn main() {
         let t = Instant::now();
         work = if has("bf16") {
             let view = |x, s| View::contiguous("bf16", x, s).expect("shape");
-            call.run(&view(&qh, qs), &view(&kh, ks), &view(&vh, ks), &mut o, None)
+            run(&call, lists.as_ref(), &view(&qh, qs), &view(&kh, ks), &view(&vh, ks), &mut o)
         } else {
             let view = |x, s| View::contiguous("f32", x, s).expect("shape");
-            call.run(&view(&q, qs), &view(&k, ks), &view(&v, ks), &mut o, None)
+            run(&call, lists.as_ref(), &view(&q, qs), &view(&k, ks), &view(&v, ks), &mut o)
         }
         .expect("run");
         times.push(t.elapsed().as_secs_f64() * 1e3);

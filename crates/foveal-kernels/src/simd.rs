@@ -44,6 +44,10 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn select(bits: u32, a: Self::V, b: Self::V) -> Self::V;
     /// Bits of the lanes with |a| < b.
     unsafe fn abs_lt(a: Self::V, b: Self::V) -> u32;
+    /// Sum of lanes.
+    unsafe fn sum(v: Self::V) -> f32;
+    /// Largest lane.
+    unsafe fn top(v: Self::V) -> f32;
 }
 
 /// Plain Rust on four lanes: what baseline x86-64 and AArch64 registers hold.
@@ -123,6 +127,14 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn abs_lt(a: [f32; 4], b: [f32; 4]) -> u32 {
         (0..4).map(|i| u32::from(a[i].abs() < b[i]) << i).sum()
+    }
+    #[inline(always)]
+    unsafe fn sum(v: [f32; 4]) -> f32 {
+        (v[0] + v[2]) + (v[1] + v[3])
+    }
+    #[inline(always)]
+    unsafe fn top(v: [f32; 4]) -> f32 {
+        v[0].max(v[2]).max(v[1].max(v[3]))
     }
 }
 
@@ -206,6 +218,18 @@ mod x86 {
             let a = _mm256_andnot_ps(_mm256_set1_ps(-0.0), a);
             _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(a, b)) as u32
         }
+        #[inline(always)]
+        unsafe fn sum(v: __m256) -> f32 {
+            let x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+        }
+        #[inline(always)]
+        unsafe fn top(v: __m256) -> f32 {
+            let x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+        }
     }
 
     /// AVX-512, sixteen lanes.
@@ -274,6 +298,14 @@ mod x86 {
         #[inline(always)]
         unsafe fn abs_lt(a: __m512, b: __m512) -> u32 {
             u32::from(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(a), b))
+        }
+        #[inline(always)]
+        unsafe fn sum(v: __m512) -> f32 {
+            _mm512_reduce_add_ps(v)
+        }
+        #[inline(always)]
+        unsafe fn top(v: __m512) -> f32 {
+            _mm512_reduce_max_ps(v)
         }
     }
 

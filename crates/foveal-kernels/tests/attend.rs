@@ -196,7 +196,9 @@ fn scaled(s: Shape) -> Attend<'static> {
 
 #[test]
 fn head_widths() {
-    for (d, dv) in [(1, 1), (5, 3), (7, 64), (64, 64), (80, 80), (96, 32), (128, 128), (256, 256), (33, 65)] {
+    for (d, dv) in
+        [(1, 1), (5, 3), (16, 70), (70, 16), (7, 64), (64, 64), (80, 80), (96, 32), (128, 128), (256, 256), (33, 65)]
+    {
         let s = Shape { d, dv, tq: 37, tk: 101, ..BASE };
         check(s, &scaled(s).causal(true), None, &all);
         check(s, &scaled(s), None, &all);
@@ -262,6 +264,14 @@ fn odd_scales() {
 #[test]
 fn softcap_and_sinks() {
     let sinks = [0.7f32, -3.0];
+    for tq in 1..6 {
+        // Too few queries to fill vectors.
+        let s = Shape { tq, ..BASE };
+        let mut p = scaled(s).causal(true).window(Some(100));
+        p.softcap = Some(5.0);
+        p.sinks = Some(&sinks);
+        check(s, &p, None, &all);
+    }
     for (std, cap) in [(1.0, 50.0), (3.0, 20.0), (8.0, 5.0)] {
         let s = Shape { std, ..BASE };
         let mut p = scaled(s).causal(true);

@@ -361,7 +361,9 @@ impl<T: Element> Call<'_, T> {
     /// Attend `rows` of one head, all of one block and at most MAX_TASK.
     fn rows_on_best(&self, s: &mut Scratch, bh: usize, rows: Range<usize>) -> Work {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if let Some(same) = self.on_tiles() {
+        if let Some(same) = self.on_tiles()
+            && rows.len() > self.kernels.few
+        {
             // SAFETY: a call on tiles is on a machine with AMX.
             return unsafe { same.rows_amx(s, bh, rows) };
         }
@@ -380,6 +382,7 @@ impl<T: Element> Call<'_, T> {
         let full = lanes * self.kernels.vecs;
         let n = rows.len();
         let padded = n.next_multiple_of(lanes);
+        let few = n <= self.kernels.few;
         let strips = |i: usize| (i, (i + full).min(n), full.min(padded - i));
         let (q, o) = (s.q.at_least(padded * d), s.o.at_least(padded * dv));
         let stat = s.stat.at_least(2 * padded);
@@ -409,7 +412,13 @@ impl<T: Element> Call<'_, T> {
             // SAFETY: `ptrs` are rows of d elements; strip i starts after i lanes of d (dv) elements and
             // has w; `stat` holds two values a lane.
             unsafe {
-                (self.kernels.pack)(&ptrs[..b - a], d, sign, w, q.add(i * d));
+                if few {
+                    for x in 0..n * d {
+                        *q.add(x) = *ptrs[x / d].add(x % d) * sign;
+                    }
+                } else {
+                    (self.kernels.pack)(&ptrs[..b - a], d, sign, w, q.add(i * d));
+                }
                 std::slice::from_raw_parts_mut(o.add(i * dv), w * dv).fill(0.0);
                 std::slice::from_raw_parts_mut(stat.add(i), w).fill(NO_MAX);
                 std::slice::from_raw_parts_mut(stat.add(padded + i), w).fill(0.0);
@@ -443,7 +452,8 @@ impl<T: Element> Call<'_, T> {
                     self.masks(&mut s.masks, &keys[from..to], rows.start + a, marks.map(|m| (m, a)));
                 }
                 let step = Step {
-                    nv: w / lanes,
+                    nv: if few { 0 } else { w / lanes },
+                    nq: b - a,
                     d,
                     dv,
                     nk: to - from,
@@ -475,6 +485,7 @@ impl<T: Element> Call<'_, T> {
             // SAFETY: offsets as above.
             unsafe {
                 let (o, m, l) = (o.add(i * dv), stat.add(i), stat.add(padded + i));
+                let w = if few { 0 } else { w };
                 let parts = Finish { w, dv, o, m, l, c, sink: None, rows: &[], lse: std::ptr::null_mut() };
                 self.finish([bi, hi], rows.start + a..rows.start + b, &parts);
             }

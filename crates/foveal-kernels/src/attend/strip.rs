@@ -30,9 +30,14 @@ pub(super) const MAX_STRIP: usize = 64;
 pub(super) const NO_MAX: f32 = f32::MIN;
 
 /// One strip × tile visit. `w` = `nv` · lanes.
+///
+/// With `nv` = 0 the few queries stay rows: `q` and `o` are `nq` rows of `d` and `dv`, scores are
+/// `nq` rows of KEY_TILE.
 pub(super) struct Step {
     /// Vectors of queries.
     pub nv: usize,
+    /// Queries.
+    pub nq: usize,
     /// Width of q and k rows.
     pub d: usize,
     /// Width of v rows.
@@ -191,6 +196,120 @@ unsafe fn softmax<S: Simd, const NV: usize>(t: &Step) -> [S::V; NV] {
     corr
 }
 
+/// Products of NQ query rows with one key.
+#[inline(always)]
+unsafe fn dots<S: Simd, const NQ: usize>(d: usize, q: *const f32, k: *const f32) -> [f32; NQ] {
+    let mut acc = [S::splat(0.0); NQ];
+    let mut c = 0;
+    while c + S::LANES <= d {
+        let x = S::load(k.add(c));
+        for r in 0..NQ {
+            acc[r] = S::fma(x, S::load(q.add(r * d + c)), acc[r]);
+        }
+        c += S::LANES;
+    }
+    let mut out: [f32; NQ] = std::array::from_fn(|r| S::sum(acc[r]));
+    while c < d {
+        for r in 0..NQ {
+            out[r] += *k.add(c) * *q.add(r * d + c);
+        }
+        c += 1;
+    }
+    out
+}
+
+/// `C` vectors of channels of NQ output rows.
+#[inline(always)]
+unsafe fn add_rows<S: Simd, const NQ: usize, const C: usize>(t: &Step, c: usize, corr: &[f32; NQ]) {
+    let mut acc = [[S::splat(0.0); C]; NQ];
+    for r in 0..NQ {
+        for x in 0..C {
+            acc[r][x] = S::mul(S::load(t.o.add(r * t.dv + c + x * S::LANES)), S::splat(corr[r]));
+        }
+    }
+    for j in 0..t.nk {
+        let row = (*t.v.add(j)).add(c);
+        for x in 0..C {
+            let y = S::load(row.add(x * S::LANES));
+            for r in 0..NQ {
+                acc[r][x] = S::fma(y, S::splat(*t.s.add(r * KEY_TILE + j)), acc[r][x]);
+            }
+        }
+    }
+    for r in 0..NQ {
+        for x in 0..C {
+            S::store(t.o.add(r * t.dv + c + x * S::LANES), acc[r][x]);
+        }
+    }
+}
+
+/// A visit of too few queries to fill vectors: channels lie in the lanes instead.
+#[inline(always)]
+unsafe fn step_few<S: Simd, const NQ: usize>(t: &Step) {
+    for j in 0..t.nk {
+        let s = dots::<S, NQ>(t.d, t.q, *t.k.add(j));
+        for r in 0..NQ {
+            *t.s.add(r * KEY_TILE + j) = s[r];
+        }
+    }
+    let end = t.nk.next_multiple_of(S::LANES);
+    let mut corr = [0f32; NQ];
+    for r in 0..NQ {
+        let s = t.s.add(r * KEY_TILE);
+        if t.squash != 0.0 {
+            for j in (0..end).step_by(S::LANES) {
+                S::store(s.add(j), tanh::<S>(S::mul(S::load(s.add(j)), S::splat(t.squash))));
+            }
+        }
+        if !t.masks.is_null() {
+            for j in 0..t.nk {
+                if *t.masks.add(j) >> r & 1 == 0 {
+                    *s.add(j) = f32::NEG_INFINITY;
+                }
+            }
+        }
+        for j in t.nk..end {
+            *s.add(j) = f32::NEG_INFINITY;
+        }
+        let old = *t.m.add(r);
+        let mut top = S::splat(old);
+        for j in (0..end).step_by(S::LANES) {
+            top = S::max(top, S::load(s.add(j)));
+        }
+        let m = S::top(top);
+        *t.m.add(r) = m;
+        let (m, c) = (S::splat(m), S::splat(t.c));
+        let mut sum = S::splat(0.0);
+        for j in (0..end).step_by(S::LANES) {
+            let p = exp2::<S>(S::mul(S::sub(S::load(s.add(j)), m), c));
+            S::store(s.add(j), p);
+            sum = S::add(sum, p);
+        }
+        let factor = exp2::<S>(S::mul(S::sub(S::splat(old), m), c));
+        corr[r] = S::top(factor);
+        *t.l.add(r) = *t.l.add(r) * corr[r] + S::sum(sum);
+    }
+    let mut c = 0;
+    while c + 4 * S::LANES <= t.dv {
+        add_rows::<S, NQ, 4>(t, c, &corr);
+        c += 4 * S::LANES;
+    }
+    while c + S::LANES <= t.dv {
+        add_rows::<S, NQ, 1>(t, c, &corr);
+        c += S::LANES;
+    }
+    while c < t.dv {
+        for r in 0..NQ {
+            let mut o = *t.o.add(r * t.dv + c) * corr[r];
+            for j in 0..t.nk {
+                o += *t.s.add(r * KEY_TILE + j) * *(*t.v.add(j)).add(c);
+            }
+            *t.o.add(r * t.dv + c) = o;
+        }
+        c += 1;
+    }
+}
+
 /// A whole visit with R score rows a microkernel.
 #[inline(always)]
 unsafe fn step_tiled<S: Simd, const R: usize, const NV: usize>(t: &Step) {
@@ -226,6 +345,12 @@ unsafe fn step_tiled<S: Simd, const R: usize, const NV: usize>(t: &Step) {
 #[inline(always)]
 unsafe fn step_on<S: Simd>(t: &Step) {
     match (S::LANES, t.nv) {
+        (_, 0) => match t.nq {
+            1 => step_few::<S, 1>(t),
+            2 => step_few::<S, 2>(t),
+            3 => step_few::<S, 3>(t),
+            _ => step_few::<S, 4>(t),
+        },
         (16, 1) => step_tiled::<S, 12, 1>(t),
         (16, 2) => step_tiled::<S, 8, 2>(t),
         (16, 3) => step_tiled::<S, 8, 3>(t),
@@ -268,11 +393,11 @@ unsafe fn pack_on(rows: &[*const f32], n: usize, scale: f32, w: usize, to: *mut 
 
 /// What remains once all keys are seen: sink, division, and rows out of Oᵀ.
 pub(super) struct Finish<'a> {
-    /// Strip width.
+    /// Strip width; 0 when `o` holds rows.
     pub w: usize,
     /// Width of v rows.
     pub dv: usize,
-    /// Oᵀ.
+    /// Oᵀ (or O).
     pub o: *const f32,
     /// Running maxima of plain scores.
     pub m: *const f32,
@@ -308,9 +433,22 @@ unsafe fn factors(f: &Finish) -> [f32; MAX_STRIP] {
     factor
 }
 
+/// Rows of a strip that was never transposed.
+#[inline(always)]
+unsafe fn finish_rows(f: &Finish, factor: &[f32; MAX_STRIP]) {
+    for (r, row) in f.rows.iter().enumerate() {
+        for c in 0..f.dv {
+            *row.add(c) = *f.o.add(r * f.dv + c) * factor[r];
+        }
+    }
+}
+
 #[inline(always)]
 unsafe fn finish_on(f: &Finish) {
     let factor = factors(f);
+    if f.w == 0 {
+        return finish_rows(f, &factor);
+    }
     let n = f.rows.len();
     let mut i = 0;
     while i < n {
@@ -357,6 +495,8 @@ pub(super) struct Kernels {
     pub lanes: usize,
     /// Vectors of a full strip.
     pub vecs: usize,
+    /// Up to so many queries (of a task) stay rows; at most 4.
+    pub few: usize,
     /// One strip × tile visit.
     pub step: unsafe fn(&Step),
     /// Rows → transposed strip: (rows, row width, scale, strip width, target).
@@ -385,6 +525,7 @@ impl Kernels {
 static PORTABLE: Kernels = Kernels {
     lanes: Portable::LANES,
     vecs: 2,
+    few: 1,
     step: step_on::<Portable>,
     pack: pack_on,
     finish: finish_on,
@@ -425,6 +566,9 @@ mod x86 {
     #[inline(always)]
     unsafe fn finish_16(f: &Finish) {
         let factor = factors(f);
+        if f.w == 0 {
+            return finish_rows(f, &factor);
+        }
         for i in (0..f.rows.len()).step_by(16) {
             let rows = &f.rows[i..f.rows.len().min(i + 16)];
             for c in (0..f.dv).step_by(16) {
@@ -442,7 +586,7 @@ mod x86 {
     }
 
     macro_rules! kernels {
-        ($name:ident, $set:ty, $features:literal, $vecs:literal, $pack:ident, $finish:ident, $module:ident) => {
+        ($name:ident, $set:ty, $features:literal, $vecs:literal, $few:literal, $pack:ident, $finish:ident, $module:ident) => {
             mod $module {
                 use super::*;
                 #[target_feature(enable = $features)]
@@ -465,6 +609,7 @@ mod x86 {
             pub(super) static $name: Kernels = Kernels {
                 lanes: <$set>::LANES,
                 vecs: $vecs,
+                few: $few,
                 step: $module::step,
                 pack: $module::pack,
                 finish: $module::finish,
@@ -472,6 +617,6 @@ mod x86 {
             };
         };
     }
-    kernels!(AVX2, Avx2, "avx2,fma", 2, pack_on, finish_on, avx2);
-    kernels!(AVX512, Avx512, "avx512f,avx512bw,avx512dq,avx512vl", 4, pack_16, finish_16, avx512);
+    kernels!(AVX2, Avx2, "avx2,fma", 2, 2, pack_on, finish_on, avx2);
+    kernels!(AVX512, Avx512, "avx512f,avx512bw,avx512dq,avx512vl", 4, 4, pack_16, finish_16, avx512);
 }
