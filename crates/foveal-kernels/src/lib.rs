@@ -25,7 +25,7 @@ pub mod twin;
 pub mod view;
 pub mod work;
 
-pub use attend::Attend;
+pub use attend::{Attend, Bias};
 pub use error::{KernelError, Result};
 pub use indexed::attend_indexed;
 pub use isa::Isa;

@@ -20,6 +20,23 @@ pub fn attend(
     sinks: Option<&[f64]>,
     visible: Visible,
 ) -> (Vec<f64>, Vec<f64>) {
+    attend_biased(q, k, v, [b, h, tq, d], [hkv, tk, dv], scale, softcap, sinks, &|_, _, _, _| 0.0, visible)
+}
+
+/// [`attend`] with `bias(b, h, query, key)` added to each score after the softcap; −∞ masks.
+#[allow(clippy::too_many_arguments)]
+pub fn attend_biased(
+    q: &[f64],
+    k: &[f64],
+    v: &[f64],
+    [b, h, tq, d]: [usize; 4],
+    [hkv, tk, dv]: [usize; 3],
+    scale: f64,
+    softcap: Option<f64>,
+    sinks: Option<&[f64]>,
+    bias: &dyn Fn(usize, usize, usize, usize) -> f64,
+    visible: Visible,
+) -> (Vec<f64>, Vec<f64>) {
     let mut out = vec![0.0; b * h * tq * dv];
     let mut lse = vec![f64::NEG_INFINITY; b * h * tq];
     for bi in 0..b {
@@ -31,7 +48,7 @@ pub fn attend(
                     .filter(|&j| visible(bi, hi, i, j))
                     .map(|j| {
                         let s: f64 = (0..d).map(|c| q[r * d + c] * k[(kv * tk + j) * d + c]).sum::<f64>() * scale;
-                        (j, softcap.map_or(s, |c| c * (s / c).tanh()))
+                        (j, softcap.map_or(s, |c| c * (s / c).tanh()) + bias(bi, hi, i, j))
                     })
                     .collect();
                 let sink = sinks.map(|s| s[hi]);

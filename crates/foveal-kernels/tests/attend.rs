@@ -3,7 +3,7 @@
 //! Error rule: max|out − ref64| ≤ 2 · max|simple f32 − ref64|, with a floor for cases in which
 //! the simple version happens to be (nearly) exact.
 
-use foveal_kernels::{Attend, BlockTable, Element, HeadKeys, HeadTable, Isa, KeyLists, View, ViewMut, Work};
+use foveal_kernels::{Attend, Bias, BlockTable, Element, HeadKeys, HeadTable, Isa, KeyLists, View, ViewMut, Work};
 use foveal_kernels::{attend_indexed, twin};
 use half::bf16;
 
@@ -65,6 +65,15 @@ fn f64s<T: Element>(x: &[T]) -> Vec<f64> {
     x.iter().map(|x| f64::from(x.to_f32())).collect()
 }
 
+/// The bias of `p`, as given.
+fn bias_of(s: Shape, p: &Attend, b: usize, h: usize, i: usize, j: usize) -> f32 {
+    match &p.bias {
+        None => 0.0,
+        Some(Bias::Alibi(slopes)) => -slopes[h] * ((i + s.tk) as f32 - (j + s.tq) as f32).abs(),
+        Some(Bias::Dense(x)) => x.row(b, h, i)[j],
+    }
+}
+
 /// Two-pass attention in f32, in the plainest order. `narrow` rounds the weights to bf16 before the
 /// second product, as the tiles do.
 fn simple<T: Element>(
@@ -87,10 +96,14 @@ fn simple<T: Element>(
                         a += x.q[r * s.d + c].to_f32() * x.k[(kv * s.tk + j) * s.d + c].to_f32();
                     }
                     a *= p.scale;
-                    scores.push((j, p.softcap.map_or(a, |c| c * (a / c).tanh())));
+                    let a = p.softcap.map_or(a, |c| c * (a / c).tanh());
+                    scores.push((j, a + bias_of(s, p, b, h, i, j)));
                 }
                 let sink = p.sinks.map(|s| s[h]);
                 let m = scores.iter().map(|x| x.1).chain(sink).fold(f32::NEG_INFINITY, f32::max);
+                if m == f32::NEG_INFINITY {
+                    continue;
+                }
                 let l: f32 = scores.iter().map(|x| x.1).chain(sink).map(|x| (x - m).exp()).sum();
                 for (j, a) in scores {
                     let w = (a - m).exp();
@@ -148,7 +161,7 @@ fn check_as<T: Element>(
     let x = data::<T>(s);
     let visible = |b: usize, h: usize, i: usize, j: usize| allowed(s, p, i, j) && visible(b, h, i, j);
     let sinks: Option<Vec<f64>> = p.sinks.map(f64s);
-    let (want, want_lse) = twin::attend(
+    let (want, want_lse) = twin::attend_biased(
         &f64s(&x.q),
         &f64s(&x.k),
         &f64s(&x.v),
@@ -157,6 +170,7 @@ fn check_as<T: Element>(
         f64::from(p.scale),
         p.softcap.map(f64::from),
         sinks.as_deref(),
+        &|b, h, i, j| f64::from(bias_of(s, p, b, h, i, j)),
         &visible,
     );
     let bound = |narrow| {
@@ -251,6 +265,27 @@ fn extreme_logits() {
         let s = Shape { std, d: 64, tq: 40, tk: 200, ..BASE };
         check(s, &scaled(s), None, &all);
         check(s, &scaled(s).causal(true), None, &all);
+    }
+}
+
+#[test]
+fn biases() {
+    let slopes = [0.5f32, 0.03];
+    for tq in [2, 70, 200] {
+        let s = Shape { tq, ..BASE };
+        for p in [scaled(s), scaled(s).causal(true), Attend::new(-0.2), Attend::new(0.0)] {
+            check(s, &p.clone().bias(Some(Bias::Alibi(&slopes))), None, &all);
+            // One bias for both heads, with some keys masked by it and one row wholly.
+            let mut r = Rng(9);
+            let mut x: Vec<f32> = (0..tq * s.tk).map(|_| r.normal() * 2.0).collect();
+            x.iter_mut().step_by(7).for_each(|x| *x = f32::NEG_INFINITY);
+            x[s.tk..2 * s.tk].fill(f32::NEG_INFINITY);
+            let view = View::new("bias", &x, [1, 2, tq, s.tk], [0, 0, s.tk]).unwrap();
+            let mut p = p.bias(Some(Bias::Dense(view)));
+            check(s, &p, None, &all);
+            p.softcap = Some(3.0);
+            check(s, &p, None, &all);
+        }
     }
 }
 
@@ -474,10 +509,14 @@ fn wrong_calls_are_refused() {
     let mut o = ViewMut::contiguous("out", &mut out, [s.b, s.h, s.tq, s.dv]).unwrap();
     let p = scaled(s);
     assert!(p.run(&q, &k, &v, &mut o, Some(&mut [0.0; 3])).is_err(), "short lse");
+    let mut bad = p.clone();
+    bad.softcap = Some(0.0);
+    assert!(bad.run(&q, &k, &v, &mut o, None).is_err(), "cap of zero");
     let sinks = [1.0f32; 3];
     let mut bad = p.clone();
     bad.sinks = Some(&sinks);
     assert!(bad.run(&q, &k, &v, &mut o, None).is_err(), "sinks of another head count");
+    assert!(p.clone().bias(Some(Bias::Alibi(&sinks))).run(&q, &k, &v, &mut o, None).is_err(), "slopes likewise");
     let t = BlockTable { heads: vec![] };
     assert!(p.clone().table(Some(&t)).run(&q, &k, &v, &mut o, None).is_err(), "table of no heads");
     let l = KeyLists { heads: vec![] };

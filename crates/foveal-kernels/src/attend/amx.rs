@@ -188,6 +188,7 @@ struct Visit {
     /// As in `strip`.
     masks: *const u64,
     squash: f32,
+    bias: *const f32,
     c: f32,
     /// Room for KEYS rows of `w` f32: scores, then weights.
     s: *mut f32,
@@ -220,6 +221,12 @@ unsafe fn softmax<const NV: usize>(t: &Visit) {
             let at = t.s.add(i * 16);
             let x = Avx512::mul(Avx512::load(at), Avx512::splat(t.squash));
             Avx512::store(at, crate::exp::tanh::<Avx512>(x));
+        }
+    }
+    if !t.bias.is_null() {
+        for i in 0..t.nk * NV {
+            let at = t.s.add(i * 16);
+            Avx512::store(at, Avx512::add(Avx512::load(at), Avx512::load(t.bias.add(i * 16))));
         }
     }
     if !t.masks.is_null() {
@@ -430,7 +437,7 @@ impl PackedValues {
 impl Call<'_, bf16> {
     /// Whether this path can serve the call: maxima of scores need a positive factor on them.
     pub(super) fn suits_amx(&self) -> bool {
-        self.p.softcap.is_some() || self.p.scale > 0.0
+        self.p.scale > 0.0 || self.p.softcap.is_some() && self.p.scale < 0.0
     }
 
     /// Vᵀ of the given (up to 32) rows.
@@ -566,6 +573,7 @@ impl Call<'_, bf16> {
                 if masked {
                     self.masks(&mut s.masks, &keys[from..to], rows.start + i, marks.map(|m| (m, i)));
                 }
+                let bias = self.bias_tile(&mut s.bias, [bi, hi], &keys[from..to], rows.start + i..rows.start + b, w, c);
                 visit(&Visit {
                     nv: w / 16,
                     dp,
@@ -576,6 +584,7 @@ impl Call<'_, bf16> {
                     v: v_at.as_ptr().add(from / 32),
                     masks: if masked { s.masks.as_ptr() } else { std::ptr::null() },
                     squash,
+                    bias,
                     c,
                     s: scores,
                     o: o.add(i * dv_rows),

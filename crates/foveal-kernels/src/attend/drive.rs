@@ -1,7 +1,7 @@
 //! From a call to strip × tile visits: tasks, visible keys, masks, work.
 
-use super::Attend;
 use super::strip::{Finish, KEY_PAD, KEY_TILE, Kernels, MAX_STRIP, NO_MAX, Step};
+use super::{Attend, Bias};
 use crate::error::{KernelError, Result};
 use crate::exp::LOG2_E;
 use crate::table::{HeadKeys, HeadTable};
@@ -68,6 +68,7 @@ pub(super) struct Scratch {
     pub(super) o: Buf,
     pub(super) stat: Buf,
     pub(super) s: Buf,
+    pub(super) bias: Buf,
     pub(super) wide_q: Buf,
     pub(super) wide_k: Buf,
     pub(super) wide_v: Buf,
@@ -123,17 +124,35 @@ pub(crate) fn run<T: Element>(
             &mut own_lse
         }
     };
-    if let Some(s) = p.sinks
-        && s.len() != h
+    let mismatch = |dim, left, left_len, right, right_len| {
+        if left_len == right_len {
+            Ok(())
+        } else {
+            Err(KernelError::Mismatch { op, dim, left, left_len, right, right_len })
+        }
+    };
+    if let Some(cap) = p.softcap
+        && (cap.is_nan() || cap <= 0.0)
     {
-        return Err(KernelError::Mismatch {
+        return Err(KernelError::Param {
             op,
-            dim: "heads",
-            left: "sinks",
-            left_len: s.len(),
-            right: "q",
-            right_len: h,
+            name: "softcap",
+            value: cap.to_string(),
+            remedy: "use a positive cap, or none".into(),
         });
+    }
+    match p.bias {
+        None => {}
+        Some(Bias::Alibi(slopes)) => mismatch("heads", "slopes", slopes.len(), "q", h)?,
+        Some(Bias::Dense(x)) => {
+            mismatch("batch", "bias", x.shape[0], "q", b)?;
+            mismatch("heads", "bias", x.shape[1], "q", h)?;
+            mismatch("tokens", "bias", x.shape[2], "q", tq)?;
+            mismatch("keys", "bias", x.shape[3], "k", k.shape[2])?;
+        }
+    }
+    if let Some(s) = p.sinks {
+        mismatch("heads", "sinks", s.len(), "q", h)?;
     }
     let mut lse = ViewMut::contiguous("lse", lse, [b, h, tq, 1])?;
     let threads = rayon::current_num_threads();
@@ -168,6 +187,7 @@ pub(crate) fn run<T: Element>(
                 o: Buf::new(),
                 stat: Buf::new(),
                 s: Buf::new(),
+                bias: Buf::new(),
                 wide_q: Buf::new(),
                 wide_k: Buf::new(),
                 wide_v: Buf::new(),
@@ -397,8 +417,8 @@ impl<T: Element> Call<'_, T> {
         // The factor inside the 2^x must be positive for maxima to be maxima: a sign moves into q.
         // With a softcap it is the cap, and the tanh takes scale/cap.
         let (sign, squash, c) = match (self.p.softcap, self.p.scale) {
+            (_, 0.0) => (0.0, 0.0, LOG2_E),
             (Some(cap), scale) => (1.0, scale / cap, cap * LOG2_E),
-            (None, 0.0) => (0.0, 0.0, LOG2_E),
             (None, scale) => (scale.signum(), 0.0, scale.abs() * LOG2_E),
         };
         let mut ptrs = [null(); MAX_STRIP];
@@ -451,6 +471,9 @@ impl<T: Element> Call<'_, T> {
                 if edge || marks.is_some() {
                     self.masks(&mut s.masks, &keys[from..to], rows.start + a, marks.map(|m| (m, a)));
                 }
+                let width = if few { n } else { w };
+                let of = rows.start + a..rows.start + b;
+                let bias = self.bias_tile(&mut s.bias, [bi, hi], &keys[from..to], of, width, c);
                 let step = Step {
                     nv: if few { 0 } else { w / lanes },
                     nq: b - a,
@@ -465,6 +488,7 @@ impl<T: Element> Call<'_, T> {
                     v: unsafe { s.v_rows.as_ptr().add(from) },
                     masks: if edge || marks.is_some() { s.masks.as_ptr() } else { null() },
                     squash,
+                    bias,
                     c,
                     s: scores,
                     // SAFETY: as above.
@@ -512,6 +536,46 @@ impl<T: Element> Call<'_, T> {
             // SAFETY: as for the output rows.
             unsafe { self.lse.row_mut(bi, hi, i)[0] = lse[x] };
         }
+    }
+
+    /// The bias of `keys` for the queries `rows` in rows of `w`, in units in which `c` takes scores to
+    /// base 2; null without a bias.
+    pub(super) fn bias_tile(
+        &self,
+        buf: &mut Buf,
+        [bi, hi]: [usize; 2],
+        keys: &[u32],
+        rows: Range<usize>,
+        w: usize,
+        c: f32,
+    ) -> *const f32 {
+        let Some(bias) = self.p.bias else { return null() };
+        let unit = LOG2_E / c;
+        let to = buf.at_least(keys.len() * w);
+        // SAFETY: `at_least` gave so many elements, initialised.
+        let to = unsafe { std::slice::from_raw_parts_mut(to, keys.len() * w) };
+        match bias {
+            Bias::Alibi(slopes) => {
+                let slope = slopes[hi] * unit;
+                let own = self.k.shape[2] as i64 - self.q.shape[2] as i64 + rows.start as i64;
+                for (line, &j) in to.chunks_exact_mut(w).zip(keys) {
+                    let first = (own - i64::from(j)) as i32;
+                    for (x, lane) in line.iter_mut().zip(0..) {
+                        *x = -slope * (first + lane).abs() as f32;
+                    }
+                }
+            }
+            Bias::Dense(view) => {
+                to.fill(0.0);
+                for (x, i) in rows.enumerate() {
+                    let row = view.row(bi, hi, i);
+                    for (line, &j) in to.chunks_exact_mut(w).zip(keys) {
+                        line[x] = row[j as usize] * unit;
+                    }
+                }
+            }
+        }
+        to.as_ptr()
     }
 
     /// For each key, the lanes that see it; lane 0 is query `i0`. Marks come with their shift.

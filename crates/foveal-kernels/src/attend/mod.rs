@@ -16,6 +16,16 @@ use crate::view::{Element, View, ViewMut};
 use crate::work::Work;
 pub(crate) use drive::Source;
 
+/// What is added to the scaled (and soft-capped) score of a query and a key.
+#[derive(Clone, Copy)]
+pub enum Bias<'a> {
+    /// −slope · distance, one slope a query head; the distance is between the key and the query's
+    /// own position, bottom-right aligned (ALiBi: Press, Smith and Lewis 2021, arXiv 2108.12409).
+    Alibi(&'a [f32]),
+    /// Any bias, of shape (B, H, Tq, Tk); a stride of 0 shares it along an axis. −∞ masks.
+    Dense(View<'a, f32>),
+}
+
 /// Parameters of one attention call. Build with [`Attend::new`] and the chained setters.
 #[derive(Clone)]
 pub struct Attend<'a> {
@@ -29,6 +39,8 @@ pub struct Attend<'a> {
     pub softcap: Option<f32>,
     /// One logit per query head added to the denominator only.
     pub sinks: Option<&'a [f32]>,
+    /// Added to scores.
+    pub bias: Option<Bias<'a>>,
     /// Visit only these blocks.
     pub table: Option<&'a BlockTable>,
     /// Instruction set.
@@ -38,7 +50,16 @@ pub struct Attend<'a> {
 impl<'a> Attend<'a> {
     /// Dense attention without a mask.
     pub fn new(scale: f32) -> Self {
-        Self { scale, causal: false, window: None, softcap: None, sinks: None, table: None, isa: Isa::active() }
+        Self {
+            scale,
+            causal: false,
+            window: None,
+            softcap: None,
+            sinks: None,
+            bias: None,
+            table: None,
+            isa: Isa::active(),
+        }
     }
     /// Set causality.
     pub fn causal(mut self, on: bool) -> Self {
@@ -53,6 +74,11 @@ impl<'a> Attend<'a> {
     /// Set the block table.
     pub fn table(mut self, t: Option<&'a BlockTable>) -> Self {
         self.table = t;
+        self
+    }
+    /// Set the bias.
+    pub fn bias(mut self, bias: Option<Bias<'a>>) -> Self {
+        self.bias = bias;
         self
     }
     /// Set the instruction set.

@@ -54,6 +54,8 @@ pub(super) struct Step {
     pub masks: *const u64,
     /// With a softcap, the factor on q·k inside the tanh; else 0.
     pub squash: f32,
+    /// `nk` rows of `w` (with `nv` = 0, of `nq`) to add to scores, in units of plain scores; or null.
+    pub bias: *const f32,
     /// Positive factor on scores inside the 2^x.
     pub c: f32,
     /// Scratch for KEY_TILE + KEY_PAD rows of `w` scores.
@@ -138,6 +140,12 @@ unsafe fn softmax<S: Simd, const NV: usize>(t: &Step) -> [S::V; NV] {
         for i in 0..t.nk * NV {
             let at = t.s.add(i * S::LANES);
             S::store(at, tanh::<S>(S::mul(S::load(at), squash)));
+        }
+    }
+    if !t.bias.is_null() {
+        for i in 0..t.nk * NV {
+            let at = t.s.add(i * S::LANES);
+            S::store(at, S::add(S::load(at), S::load(t.bias.add(i * S::LANES))));
         }
     }
     if !t.masks.is_null() {
@@ -259,6 +267,11 @@ unsafe fn step_few<S: Simd, const NQ: usize>(t: &Step) {
         if t.squash != 0.0 {
             for j in (0..end).step_by(S::LANES) {
                 S::store(s.add(j), tanh::<S>(S::mul(S::load(s.add(j)), S::splat(t.squash))));
+            }
+        }
+        if !t.bias.is_null() {
+            for j in 0..t.nk {
+                *s.add(j) += *t.bias.add(j * NQ + r);
             }
         }
         if !t.masks.is_null() {
