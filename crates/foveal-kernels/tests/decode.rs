@@ -304,6 +304,19 @@ fn selected_keys() {
 }
 
 #[test]
+fn bf16_stores_are_as_exact_as_f32() {
+    // Whole blocks, short blocks, gathered rows, pruned rows of 32 channels, several groups of queries.
+    let b = Kind::Bf16;
+    let store =
+        Store::new(48, 96, &[&[(130, b, b, true), (64, b, b, true), (31, b, Kind::F32, true)], &[(100, b, b, false)]]);
+    check("pruned", &store, 6, 1, None, None);
+    let store = Store::new(64, 32, &[&[(640, b, b, false), (33, Kind::F32, b, false)], &[(100, b, Kind::Int8, false)]]);
+    check("groups of queries", &store, 10, 3, Some(4.0), None);
+    let every = lists(2, 1, |hi, _| (0..100).filter(|j| j % (hi as u32 + 2) != 0).collect(), 1);
+    check("gathered", &store, 2, 1, None, Some(&every));
+}
+
+#[test]
 fn work_counts_each_row_once_for_its_group() {
     let (f, b, i) = (Kind::F32, Kind::Bf16, Kind::Int8);
     let store = Store::new(48, 64, &[&[(1000, f, b, false), (24, i, i, true)], &[(10, b, f, false)]]);

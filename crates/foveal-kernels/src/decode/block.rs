@@ -6,8 +6,8 @@ use crate::dispatch::with_isa;
 use crate::exp::{exp, tanh};
 use crate::simd::Simd;
 
-/// Rows of a block: its keys and values stay in the nearest cache while all queries use them.
-pub(super) const BLOCK: usize = 64;
+/// Rows of a block. Its keys and values stay in the second-level cache while all queries use them.
+pub(super) const BLOCK: usize = 128;
 
 /// Queries of one K/V head, each padded with zeros to a multiple of 16.
 pub(super) struct Queries {
@@ -209,6 +209,17 @@ pub(super) struct Step<'a> {
     pub(super) softcap: Option<f32>,
 }
 
+/// Fold 16 lanes in four steps (a chain of 16 would wait for each).
+#[inline(always)]
+fn tree(mut lanes: [f32; 16], f: impl Fn(f32, f32) -> f32) -> f32 {
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            lanes[i] = f(lanes[i], lanes[i + half]);
+        }
+    }
+    lanes[0]
+}
+
 #[inline(always)]
 unsafe fn step_on<S: Rows>(b: &Step, run: &mut Running) {
     // SAFETY: `Decode::run` checked that the rows lie in both codecs; buffers hold rows * BLOCK.
@@ -238,7 +249,7 @@ unsafe fn step_on<S: Rows>(b: &Step, run: &mut Running) {
             }
             let mut lanes = [f32::NEG_INFINITY; 16];
             S::store(lanes.as_mut_ptr(), top);
-            let top = lanes.iter().fold(run.top[r], |a, &b| if b > a { b } else { a });
+            let top = tree(lanes, |a, b| if b > a { b } else { a }).max(run.top[r]);
             // Nothing seen yet: any finite shift keeps −∞ − shift from being a NaN.
             let shift = if top == f32::NEG_INFINITY { 0.0 } else { top };
             let mut sums = S::splat(0.0);
@@ -252,7 +263,7 @@ unsafe fn step_on<S: Rows>(b: &Step, run: &mut Running) {
             let mut lanes = [0f32; 16];
             S::store(lanes.as_mut_ptr(), sums);
             run.decay[r] = if run.top[r] == top { 1.0 } else { (run.top[r] - shift).exp() };
-            run.sum[r] = run.sum[r] * run.decay[r] + lanes.iter().sum::<f32>();
+            run.sum[r] = run.sum[r] * run.decay[r] + tree(lanes, |a, b| a + b);
             run.top[r] = top;
         }
         match &b.values {

@@ -18,6 +18,7 @@ use block::{BLOCK, Queries, Running, Step};
 use half::bf16;
 use rayon::prelude::*;
 use std::ops::Range;
+use std::sync::OnceLock;
 
 /// Rows of one K/V head in one codec. `width` elements a row, `stride` elements from row to row.
 #[derive(Clone, Copy, Debug)]
@@ -250,6 +251,14 @@ struct Job<'a> {
     /// Tokens that each row may see, by causality.
     visible: Vec<usize>,
     keys: Keys<'a>,
+    /// All channels of the rows, made by the first part that needs them.
+    queries: OnceLock<Queries>,
+}
+
+impl<'a> Job<'a> {
+    fn new(kv_head: usize, keys: Keys<'a>) -> Self {
+        Self { kv_head, rows: vec![], visible: vec![], keys, queries: OnceLock::new() }
+    }
 }
 
 /// A checked call.
@@ -273,9 +282,10 @@ impl<'a> Problem<'a> {
             let heads = kv_head * group..(kv_head + 1) * group;
             let Some(lists) = select else {
                 if n > 0 {
-                    let rows: Vec<usize> = heads.flat_map(|hi| hi * n..(hi + 1) * n).collect();
-                    let visible: Vec<usize> = rows.iter().map(|r| visible(r % n)).collect();
-                    jobs.push(Job { kv_head, rows, visible, keys: Keys::First(total) });
+                    let mut job = Job::new(kv_head, Keys::First(total));
+                    job.rows.extend(heads.flat_map(|hi| hi * n..(hi + 1) * n));
+                    job.visible.extend(job.rows.iter().map(|r| visible(r % n)));
+                    jobs.push(job);
                 }
                 continue;
             };
@@ -292,7 +302,7 @@ impl<'a> Problem<'a> {
                     let job = match same {
                         Some(job) => job,
                         None => {
-                            jobs.push(Job { kv_head, rows: vec![], visible: vec![], keys: Keys::Listed(row) });
+                            jobs.push(Job::new(kv_head, Keys::Listed(row)));
                             let last = jobs.len() - 1;
                             &mut jobs[last]
                         }
@@ -329,33 +339,40 @@ impl<'a> Problem<'a> {
     /// The visited keys numbered `range` of one job.
     fn part(&self, job: &Job, range: Range<usize>) -> Running {
         let mut run = Running::new(job.rows.len(), self.v_dim);
-        let mut queries: Option<(Option<&[u32]>, Queries)> = None;
+        let segments = &self.kv[job.kv_head];
+        let mut pruned: Option<(&[u32], Queries)> = None;
         let mut seen = vec![0usize; job.rows.len()];
         let mut base = 0;
-        for s in &self.kv[job.kv_head] {
+        for s in segments {
             let inside = job.keys.inside(&range, base, s.len);
             for from in inside.clone().step_by(BLOCK) {
                 let block = from..(from + BLOCK).min(inside.end);
                 let mut at = [0u32; BLOCK];
                 let at = &mut at[..block.len()];
-                for (at, i) in at.iter_mut().zip(block) {
-                    let token = match job.keys {
-                        Keys::First(_) => i,
-                        Keys::Listed(l) => l[i] as usize,
-                    };
-                    *at = (token - base) as u32;
+                match job.keys {
+                    Keys::First(_) => {
+                        for (at, token) in at.iter_mut().zip((block.start - base) as u32..) {
+                            *at = token;
+                        }
+                    }
+                    Keys::Listed(l) => {
+                        for (at, &token) in at.iter_mut().zip(&l[block]) {
+                            *at = token - base as u32;
+                        }
+                    }
                 }
+                let last = base + at[at.len() - 1] as usize;
                 for (seen, &visible) in seen.iter_mut().zip(&job.visible) {
-                    *seen = at.partition_point(|&j| base + (j as usize) < visible);
+                    *seen =
+                        if last < visible { at.len() } else { at.partition_point(|&j| base + (j as usize) < visible) };
                 }
-                let fits = |have: Option<&[u32]>| match (have, s.channels) {
-                    (None, None) => true,
-                    (Some(a), Some(b)) => std::ptr::eq(a, b),
-                    _ => false,
-                };
-                let (_, queries) = match queries.take().filter(|(have, _)| fits(*have)) {
-                    Some(ready) => queries.insert(ready),
-                    None => queries.insert((s.channels, self.gather(&job.rows, s.channels))),
+                let queries = match s.channels {
+                    None => job.queries.get_or_init(|| self.gather(&job.rows, None)),
+                    Some(channels) => {
+                        let ready = pruned.take().filter(|(have, _)| std::ptr::eq(*have, channels));
+                        let fresh = || (channels, self.gather(&job.rows, s.channels));
+                        &pruned.insert(ready.unwrap_or_else(fresh)).1
+                    }
                 };
                 let step = Step {
                     queries,
