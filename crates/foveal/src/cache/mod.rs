@@ -11,10 +11,16 @@ use crate::system::Card;
 use foveal_kernels::Work;
 use std::sync::Arc;
 
+pub mod alisa;
+mod batch;
 pub mod dense;
+pub mod loki;
+pub mod palu;
+pub mod think;
+pub mod tokenselect;
 
 /// Cards of this family.
-pub const CARDS: &[&Card] = &[];
+pub const CARDS: &[&Card] = &[&think::CARD, &loki::CARD, &tokenselect::CARD, &alisa::CARD, &palu::CARD];
 
 /// The layer that a cache serves.
 #[derive(Clone)]
@@ -80,6 +86,8 @@ pub struct Needs {
     pub weights: bool,
     /// Calibration statistics.
     pub calibration: bool,
+    /// [`LayerCalibration::input_moment`] among them.
+    pub input_moment: bool,
     /// Keys before rotation in [`Prompt`] and [`Step`].
     pub pre_rotation: bool,
 }

@@ -52,3 +52,21 @@ pub fn svd(a: &[f64], m: usize, n: usize) -> Result<Svd> {
     };
     Ok(Svd { u: flat(d.U()), s: (0..k).map(|i| d.S()[i]).collect(), v: flat(d.V()), k })
 }
+
+/// W Wᵀ of a row-major (m, n) matrix, or W M Wᵀ with a symmetric row-major (n, n) `moment`:
+/// (m, m) row-major. Its eigenvectors are the left singular vectors of W, or of W M^½.
+pub fn gram(w: &[f64], m: usize, n: usize, moment: Option<&[f64]>) -> Vec<f64> {
+    let w = faer::MatRef::from_row_major_slice(w, m, n);
+    let g = match moment {
+        None => w * w.transpose(),
+        Some(x) => (w * faer::MatRef::from_row_major_slice(x, n, n)) * w.transpose(),
+    };
+    let mut out = vec![0.0; m * m];
+    for i in 0..m {
+        for j in 0..m {
+            // Rounding makes the two triangles differ in the last bits.
+            out[i * m + j] = 0.5 * (g[(i, j)] + g[(j, i)]);
+        }
+    }
+    out
+}

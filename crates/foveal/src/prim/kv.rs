@@ -156,6 +156,32 @@ impl RowStore {
         }
     }
 
+    /// The rows from row `first` on, as the decode kernel reads them.
+    pub fn codec_from(&self, first: usize) -> Codec<'_> {
+        let at = first.min(self.len) * self.width;
+        match &self.data {
+            Data::F32(data) => Codec::F32 { data: &data[at..], stride: self.width },
+            Data::Bf16(data) => Codec::Bf16 { data: &data[at..], stride: self.width },
+            Data::Int8(data, scales) => {
+                Codec::Int8 { data: &data[at..], stride: self.width, scales: &scales[first.min(self.len)..] }
+            }
+        }
+    }
+
+    /// Rows `first..first + n` as f32, appended to `out`.
+    pub fn extend_f32(&self, first: usize, n: usize, out: &mut Vec<f32>) {
+        let span = first * self.width..(first + n) * self.width;
+        match &self.data {
+            Data::F32(d) => out.extend_from_slice(&d[span]),
+            Data::Bf16(d) => out.extend(d[span].iter().map(|x| f32::from_bits(u32::from(x.to_bits()) << 16))),
+            Data::Int8(d, s) => {
+                for (row, scale) in d[span].chunks_exact(self.width.max(1)).zip(&s[first..first + n]) {
+                    out.extend(row.iter().map(|&x| f32::from(x) * scale));
+                }
+            }
+        }
+    }
+
     /// Decode row `i` into `out` (`width` elements).
     pub fn read(&self, i: usize, out: &mut [f32]) {
         self.codec().row(i, out);
@@ -163,10 +189,8 @@ impl RowStore {
 
     /// All rows as f32.
     pub fn to_f32(&self) -> Vec<f32> {
-        let mut out = vec![0f32; self.len * self.width];
-        for (i, row) in out.chunks_exact_mut(self.width.max(1)).enumerate() {
-            self.read(i, row);
-        }
+        let mut out = Vec::with_capacity(self.len * self.width);
+        self.extend_f32(0, self.len, &mut out);
         out
     }
 
