@@ -10,7 +10,8 @@
 use super::{CacheCtx, Prompt, Step};
 use crate::error::{Error, Result};
 use crate::prim::gemm;
-use foveal_kernels::Work;
+use foveal_kernels::exp::{self, Fun};
+use foveal_kernels::{Isa, Work};
 
 /// Rows per step from which the batched path is taken.
 pub(crate) const BATCH_FROM: usize = 3;
@@ -125,19 +126,17 @@ pub(crate) fn unstack_rows(
     }
 }
 
-/// Finite work tile by tile.
+/// What one task gives: a K/V head's output rows, stacked, and the work.
 pub(crate) struct Tiled {
-    /// First K/V head's output rows, stacked.
+    /// As [`stack_rows`] orders them.
     pub out: Vec<f32>,
-    /// Its work.
+    /// Work done.
     pub work: Work,
 }
 
 /// e^x of every element.
 pub(crate) fn exp_all(x: &mut [f32]) {
-    for v in x.iter_mut() {
-        *v = v.exp();
-    }
+    exp::apply(Fun::Exp, x, Isa::active());
 }
 
 /// Replace raw scores by e^{scale·(x − max x)} and return their sum; −∞ becomes 0, a row of
