@@ -4,8 +4,9 @@
 //! the simple version happens to be (nearly) exact.
 
 use foveal_kernels::{Attend, Bias, BlockTable, Element, HeadKeys, HeadTable, Isa, KeyLists, View, ViewMut, Work};
-use foveal_kernels::{attend_indexed, twin};
+use foveal_kernels::{attend_indexed, merge_row, twin};
 use half::bf16;
+use proptest::prelude::*;
 
 /// Splitmix: a few lines, seeded, the same everywhere.
 struct Rng(u64);
@@ -354,7 +355,7 @@ fn block_tables() {
     for (bq, bk) in blocks {
         for density in [0.0, 0.2, 0.6] {
             for causal in [false, true] {
-                let s = Shape { b: 2, tq: 150, tk: 210, d: 16, dv: 16, ..BASE };
+                let s = Shape { tq: 150, tk: 210, d: 8, dv: 8, ..BASE };
                 let t = random_table(s, &mut r, bq, bk, density, false);
                 let visible = |b, h, i, j| in_table(s, &t, b, h, i, j);
                 check(s, &scaled(s).causal(causal).table(Some(&t)), None, &visible);
@@ -523,4 +524,55 @@ fn wrong_calls_are_refused() {
     assert!(attend_indexed(&p, &l, &q, &k, &v, &mut o, None).is_err(), "lists of no heads");
     assert!(attend_indexed(&p.clone().table(Some(&t)), &l, &q, &k, &v, &mut o, None).is_err(), "both");
     assert!(p.run(&q, &v, &k, &mut ViewMut::contiguous("out", &mut [0.0; 4], [1, 1, 1, 4]).unwrap(), None).is_err());
+}
+
+#[test]
+fn parts_merge_to_the_whole() {
+    // Keys split three ways (one part empty), each attended on its own, then folded together.
+    let s = Shape { tq: 30, tk: 120, d: 24, dv: 40, std: 2.0, ..BASE };
+    let x = data::<f32>(s);
+    for isa in Isa::available() {
+        let p = scaled(s).isa(isa);
+        let (want, want_lse, _) = call(s, &x, &p, None);
+        let mut acc = vec![0f32; want.len()];
+        let mut lse = vec![f32::NEG_INFINITY; want_lse.len()];
+        for (from, to) in [(0, 50), (50, 50), (50, 120)] {
+            let cut = |x: &[f32], d: usize| x[from * d..to * d].to_vec();
+            let part = Data { q: x.q.clone(), k: cut(&x.k, s.d), v: cut(&x.v, s.dv) };
+            let (o, l, _) = call(Shape { tk: to - from, ..s }, &part, &p, None);
+            for (r, (a, o)) in acc.chunks_mut(s.dv).zip(o.chunks(s.dv)).enumerate() {
+                merge_row(a, &mut lse[r], o, l[r]);
+            }
+        }
+        let err = worst(acc.iter().map(|&x| f64::from(x)), &f64s(&want));
+        let err_lse = worst(lse.iter().map(|&x| f64::from(x)), &f64s(&want_lse));
+        assert!(err < 2e-6 && err_lse < 4e-6, "{isa}: {err:e}, lse {err_lse:e}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// Any shape, mask and table: the twin, the error rule, and counters within the dense call's.
+    #[test]
+    fn any_problem(
+        seed in 0u64..1000,
+        (b, group, hkv) in (1usize..3, 1usize..4, 1usize..3),
+        (tq, tk) in (1usize..150, 0usize..200),
+        (d, dv) in (1usize..90, 1usize..90),
+        (causal, window) in (any::<bool>(), proptest::option::of(1usize..200)),
+        blocks in proptest::option::of((1usize..90, 1usize..150, 0f32..1.0, any::<bool>())),
+    ) {
+        let s = Shape { b, h: group * hkv, hkv, tq, tk, d, dv, std: 1.0, seed };
+        let p = scaled(s).causal(causal).window(window);
+        let table = blocks.map(|(bq, bk, density, marks)| {
+            random_table(s, &mut Rng(seed), bq, bk, density, marks && bq <= 64)
+        });
+        let visible = |b: usize, h: usize, i: usize, j: usize| table.as_ref().is_none_or(|t| in_table(s, t, b, h, i, j));
+        check(s, &p.clone().table(table.as_ref()), None, &visible);
+        let x = data::<f32>(s);
+        let (.., dense) = call(s, &x, &p, None);
+        let (.., sparse) = call(s, &x, &p.table(table.as_ref()), None);
+        prop_assert!(sparse.pairs <= dense.pairs.max((s.b * s.h * s.tq * s.tk) as u64));
+    }
 }
