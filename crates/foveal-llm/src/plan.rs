@@ -283,6 +283,7 @@ impl Resolved {
         self.cache.iter().map(|c| c.needs()).fold(foveal::cache::Needs::default(), |a, b| foveal::cache::Needs {
             weights: a.weights || b.weights,
             calibration: a.calibration || b.calibration,
+            input_moment: a.input_moment || b.input_moment,
             pre_rotation: a.pre_rotation || b.pre_rotation,
         })
     }
