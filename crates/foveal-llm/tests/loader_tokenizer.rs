@@ -57,10 +57,13 @@ fn byte_pair_ids_match_llama_cpp_under_every_rule() {
     let mut wrong = Vec::new();
     for (rule, cases) in golden["bpe"]["rules"].as_object().unwrap() {
         let t = open(&bpe(&golden, rule));
-        let lines = compare_ids(&golden["texts"], cases, |text, add, parse| {
-            // Decomposed characters are composed by Qwen2's own tokenizer but not by llama.cpp; the model was trained on the former.
-            t.encode(text, add, parse).unwrap()
-        });
+        let mut lines = compare_ids(&golden["texts"], cases, |text, add, parse| t.encode(text, add, parse).unwrap());
+        if rule == "qwen2" {
+            // Qwen2's own tokenizer composes decomposed characters first and llama.cpp does not; the model was trained on the former.
+            let composed = lines.len();
+            lines.retain(|l| !l.contains("combining"));
+            assert_eq!(composed - lines.len(), 2);
+        }
         wrong.extend(lines.into_iter().map(|l| format!("{rule}: {l}")));
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));

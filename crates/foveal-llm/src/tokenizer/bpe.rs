@@ -111,7 +111,7 @@ const RULES: [Rule; 6] = [
         add_bos: false,
         nfc: true,
     },
-    Rule { names: &["tekken"], patterns: &[TEKKEN], ignore_merges: true, add_bos: false, nfc: false },
+    Rule { names: &["tekken"], patterns: &[TEKKEN], ignore_merges: true, add_bos: true, nfc: false },
 ];
 
 /// Builds the pipeline of a `gpt2` vocabulary. Also says whether the beginning token is added by default.
