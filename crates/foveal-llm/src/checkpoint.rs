@@ -345,12 +345,12 @@ fn gguf_config(g: &Gguf) -> Result<ModelConfig> {
         value,
         need,
     };
-    let unsupported = |what: &str, value: String, supported: &str, remedy: &str| LlmError::Unsupported {
+    let unsupported = |what: &str, value: String, supported: &str, remedy: &'static str| LlmError::Unsupported {
         path: path.to_path_buf(),
         what: what.into(),
         value,
         supported: supported.into(),
-        remedy: remedy.into(),
+        remedy,
     };
     let arch = g.get_str("general.architecture")?.ok_or_else(|| missing("general.architecture"))?;
     let family = match arch {

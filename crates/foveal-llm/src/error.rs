@@ -63,7 +63,7 @@ pub enum LlmError {
         /// What would be accepted.
         supported: String,
         /// What to do.
-        remedy: String,
+        remedy: &'static str,
     },
     /// A configuration key is absent.
     #[error("{}: key `{key}` is missing; {remedy}", path.display())]

@@ -185,7 +185,7 @@ pub struct Header {
 #[derive(Debug)]
 enum Refusal {
     Damaged { offset: u64, problem: String },
-    Unsupported { what: String, value: String, supported: String, remedy: String },
+    Unsupported { what: String, value: String, supported: String, remedy: &'static str },
 }
 
 impl Refusal {
@@ -344,7 +344,7 @@ impl Header {
                 what: "GGUF version".into(),
                 value,
                 supported: "2, 3 (little-endian)".into(),
-                remedy: remedy.into(),
+                remedy,
             });
         }
         let num_tensors = c.u64("the tensor count")?;
@@ -411,7 +411,7 @@ impl Header {
                 what: format!("the type of tensor `{name}`"),
                 value: format!("{id} ({known})"),
                 supported: SUPPORTED_TYPES.into(),
-                remedy: "Convert the model to one of these.".into(),
+                remedy: "Convert the model to one of these.",
             })?;
             if shape[0] % dtype.block_len() != 0 {
                 return c.damaged(format!(

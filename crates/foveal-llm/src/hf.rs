@@ -262,7 +262,7 @@ impl HfFolder {
                     what: format!("the type of tensor `{name}`"),
                     value: format!("{other:?}"),
                     supported: "F32, F16, BF16".into(),
-                    remedy: "Save the model in one of these.".into(),
+                    remedy: "Save the model in one of these.",
                 });
             }
         };
@@ -376,22 +376,22 @@ fn hf_config(path: &Path, object: &Map<String, Value>, has_head: bool) -> Result
         Some(Value::Array(list)) => list.first().and_then(Value::as_str),
         _ => None,
     };
-    let (name, family, mistral) = match (architecture, json.str("model_type")?) {
-        (Some("LlamaForCausalLM"), _) => ("LlamaForCausalLM", Family::Llama, false),
-        (Some("MistralForCausalLM"), _) => ("MistralForCausalLM", Family::Llama, true),
-        (Some("Qwen2ForCausalLM"), _) => ("Qwen2ForCausalLM", Family::Qwen2, false),
-        (Some("Qwen3ForCausalLM"), _) => ("Qwen3ForCausalLM", Family::Qwen3, false),
-        (None, Some("llama")) => ("llama", Family::Llama, false),
-        (None, Some("mistral")) => ("mistral", Family::Llama, true),
-        (None, Some("qwen2")) => ("qwen2", Family::Qwen2, false),
-        (None, Some("qwen3")) => ("qwen3", Family::Qwen3, false),
+    let (family, mistral) = match (architecture, json.str("model_type")?) {
+        (Some("LlamaForCausalLM"), _) => (Family::Llama, false),
+        (Some("MistralForCausalLM"), _) => (Family::Llama, true),
+        (Some("Qwen2ForCausalLM"), _) => (Family::Qwen2, false),
+        (Some("Qwen3ForCausalLM"), _) => (Family::Qwen3, false),
+        (None, Some("llama")) => (Family::Llama, false),
+        (None, Some("mistral")) => (Family::Llama, true),
+        (None, Some("qwen2")) => (Family::Qwen2, false),
+        (None, Some("qwen3")) => (Family::Qwen3, false),
         (found, model_type) => {
             return Err(LlmError::Unsupported {
                 path: path.into(),
                 what: "the architecture".into(),
                 value: format!("`{}`", found.or(model_type).unwrap_or("not given")),
                 supported: "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM".into(),
-                remedy: "Take a model of one of these families.".into(),
+                remedy: "Take a model of one of these families.",
             });
         }
     };
@@ -404,7 +404,7 @@ fn hf_config(path: &Path, object: &Map<String, Value>, has_head: bool) -> Result
             what: "hidden_act".into(),
             value: format!("`{act}`"),
             supported: "silu".into(),
-            remedy: format!("{name} models use it."),
+            remedy: "The supported families use it.",
         });
     }
     if json.get("quantization_config").is_some() {
@@ -413,7 +413,7 @@ fn hf_config(path: &Path, object: &Map<String, Value>, has_head: bool) -> Result
             what: "quantization_config".into(),
             value: "a quantised safetensors model".into(),
             supported: "F32, F16 and BF16 safetensors".into(),
-            remedy: "Take the unquantised weights, or a GGUF file.".into(),
+            remedy: "Take the unquantised weights, or a GGUF file.",
         });
     }
     let hidden_size = json.need("hidden_size")?;
@@ -592,7 +592,7 @@ fn rope(json: &Json<'_>, max_position: usize) -> Result<(f64, RopeScaling, Optio
                 what: format!("{section}.rope_type"),
                 value: format!("`{other}`"),
                 supported: "default, linear, dynamic, yarn, llama3".into(),
-                remedy: "Remove the scaling to run the model at its trained length.".into(),
+                remedy: "Remove the scaling to run the model at its trained length.",
             });
         }
     };

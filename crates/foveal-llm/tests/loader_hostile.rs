@@ -207,30 +207,125 @@ fn alignments_and_duplicates() {
 
 #[test]
 fn configurations_that_make_no_sense() {
-    let mut refused = |edit: &dyn Fn(&mut GgufBuilder), words: &[&str]| {
+    let refused = |edit: &dyn Fn(&mut GgufBuilder), words: &[&str]| {
         let mut b = tiny_gguf("llama");
         edit(&mut b);
         names(&refusal(&b), words);
     };
-    refused(&|b| drop(b.set("general.architecture", Meta::Str("mamba".into()))), &["mamba", "qwen3"]);
-    refused(&|b| drop(b.remove("general.architecture")), &["general.architecture"]);
-    refused(&|b| drop(b.remove("llama.block_count")), &["llama.block_count"]);
-    refused(&|b| drop(b.set("llama.block_count", Meta::Str("two".into()))), &["llama.block_count", "whole number"]);
-    refused(&|b| drop(b.set("llama.block_count", Meta::U32(u32::MAX))), &["num_hidden_layers", "4294967295"]);
-    refused(&|b| drop(b.set("llama.block_count", Meta::U32(3))), &["model.layers.2.input_layernorm.weight", "missing"]);
-    refused(&|b| drop(b.set("llama.attention.head_count", Meta::U32(0))), &["head_count"]);
-    refused(&|b| drop(b.set("llama.attention.head_count_kv", Meta::U32(3))), &["num_key_value_heads", "divisor"]);
-    refused(&|b| drop(b.set("llama.attention.key_length", Meta::U32(6))), &["q_proj", "[16, 8]", "[24, 8]"]);
-    refused(&|b| drop(b.set("llama.attention.value_length", Meta::U32(2))), &["value_length"]);
-    refused(&|b| drop(b.set("llama.rope.dimension_count", Meta::U32(3))), &["rotary"]);
-    refused(&|b| drop(b.set("llama.rope.freq_base", Meta::F32(f32::NAN))), &["rope_theta", "NaN"]);
-    refused(&|b| drop(b.set("llama.feed_forward_length", Meta::U32(13))), &["gate_proj", "[12, 8]", "[13, 8]"]);
-    refused(&|b| drop(b.set("llama.expert_count", Meta::U32(8))), &["expert_count", "8"]);
-    refused(&|b| drop(b.set("llama.rope.scaling.type", Meta::Str("longrope".into()))), &["longrope", "yarn"]);
-    refused(&|b| drop(b.set("split.count", Meta::U32(4))), &["split.count", "4"]);
-    refused(&|b| drop(b.set("tokenizer.ggml.eos_token_id", Meta::U32(99))), &["eos_token_id", "99"]);
-    refused(&|b| drop(b.tensors.remove(5)), &["missing"]);
-    refused(&|b| drop(b.f32_tensor("rope_freqs.weight", &[3], &[1.0; 3])), &["rope_freqs.weight", "[3]", "[2]"]);
+    refused(
+        &|b| {
+            b.set("general.architecture", Meta::Str("mamba".into()));
+        },
+        &["mamba", "qwen3"],
+    );
+    refused(
+        &|b| {
+            b.remove("general.architecture");
+        },
+        &["general.architecture"],
+    );
+    refused(
+        &|b| {
+            b.remove("llama.block_count");
+        },
+        &["llama.block_count"],
+    );
+    refused(
+        &|b| {
+            b.set("llama.block_count", Meta::Str("two".into()));
+        },
+        &["llama.block_count", "whole number"],
+    );
+    refused(
+        &|b| {
+            b.set("llama.block_count", Meta::U32(u32::MAX));
+        },
+        &["num_hidden_layers", "4294967295"],
+    );
+    refused(
+        &|b| {
+            b.set("llama.block_count", Meta::U32(3));
+        },
+        &["model.layers.2.input_layernorm.weight", "missing"],
+    );
+    refused(
+        &|b| {
+            b.set("llama.attention.head_count", Meta::U32(0));
+        },
+        &["head_count"],
+    );
+    refused(
+        &|b| {
+            b.set("llama.attention.head_count_kv", Meta::U32(3));
+        },
+        &["num_key_value_heads", "divisor"],
+    );
+    refused(
+        &|b| {
+            b.set("llama.attention.key_length", Meta::U32(6));
+        },
+        &["q_proj", "[16, 8]", "[24, 8]"],
+    );
+    refused(
+        &|b| {
+            b.set("llama.attention.value_length", Meta::U32(2));
+        },
+        &["value_length"],
+    );
+    refused(
+        &|b| {
+            b.set("llama.rope.dimension_count", Meta::U32(3));
+        },
+        &["rotary"],
+    );
+    refused(
+        &|b| {
+            b.set("llama.rope.freq_base", Meta::F32(f32::NAN));
+        },
+        &["rope_theta", "NaN"],
+    );
+    refused(
+        &|b| {
+            b.set("llama.feed_forward_length", Meta::U32(13));
+        },
+        &["gate_proj", "[12, 8]", "[13, 8]"],
+    );
+    refused(
+        &|b| {
+            b.set("llama.expert_count", Meta::U32(8));
+        },
+        &["expert_count", "8"],
+    );
+    refused(
+        &|b| {
+            b.set("llama.rope.scaling.type", Meta::Str("longrope".into()));
+        },
+        &["longrope", "yarn"],
+    );
+    refused(
+        &|b| {
+            b.set("split.count", Meta::U32(4));
+        },
+        &["split.count", "4"],
+    );
+    refused(
+        &|b| {
+            b.set("tokenizer.ggml.eos_token_id", Meta::U32(99));
+        },
+        &["eos_token_id", "99"],
+    );
+    refused(
+        &|b| {
+            b.tensors.remove(5);
+        },
+        &["missing"],
+    );
+    refused(
+        &|b| {
+            b.f32_tensor("rope_freqs.weight", &[3], &[1.0; 3]);
+        },
+        &["rope_freqs.weight", "[3]", "[2]"],
+    );
 }
 
 #[test]

@@ -16,7 +16,7 @@ fn every_tensor_type_decodes_as_the_gguf_package_does() {
         let (got, want) = (g.dequantize(info, None).unwrap(), g.dequantize(expected, None).unwrap());
         for (i, (a, b)) in got.iter().zip(&want).enumerate() {
             // One rounding may differ: d·q + m can be fused or not.
-            assert!((a - b).abs() <= 1e-6 * b.abs().max(1e-2), "{} at {i}: {a} against {b}", info.name);
+            assert!((a - b).abs() <= 1e-6 * (b.abs() + 0.1), "{} at {i}: {a} against {b}", info.name);
         }
         assert!(want.iter().any(|v| *v != 0.0), "{}", info.name);
         seen.push(info.dtype.name);

@@ -131,7 +131,7 @@ pub(crate) fn from_gguf(g: &Gguf, tokens: &[&[u8]], kinds: &[TokenKind]) -> Resu
                     what: "tokenizer.ggml.pre".into(),
                     value: format!("`{name}`"),
                     supported: names.join(", "),
-                    remedy: "Use the safetensors folder with its tokenizer.json.".into(),
+                    remedy: "Use the safetensors folder with its tokenizer.json.",
                 });
             }
         },

@@ -114,7 +114,7 @@ impl Tokenizer {
                     what: "tokenizer.ggml.model".into(),
                     value: format!("`{other}`"),
                     supported: "gpt2 (byte-pair), llama (scores)".into(),
-                    remedy: "Take a model of a supported family.".into(),
+                    remedy: "Take a model of a supported family.",
                 });
             }
         };

@@ -3,40 +3,67 @@
 use super::Tokenizer;
 use crate::error::Result;
 
-/// Tokens of context that a decoder looks back on.
+/// Tokens of context that are kept when the window is cut.
 const CONTEXT: usize = 6;
+/// The window is cut once it is this long, so that the cost of a token does not grow with the text.
+const MAX_WINDOW: usize = 32;
 /// A character has at most four bytes, so after this many tokens without a whole one the bytes are no UTF-8 and are let go as U+FFFD.
 const MAX_PENDING: usize = 4;
+/// What a decoder writes for bytes that are no (or not yet a) character.
+const BROKEN: char = '\u{fffd}';
 
 /// Turns a growing list of ids into text piece by piece, whole characters only. Control tokens give no text.
 pub struct StreamDecoder<'a> {
     tokenizer: &'a Tokenizer,
-    /// A window of ids: context, then those whose text is still out.
+    /// The latest ids: context first, then those still to be settled.
     ids: Vec<u32>,
-    /// How many of `ids` have had their text emitted.
-    done: usize,
+    /// How many bytes of the window's text have been emitted (or belong to the context).
+    sent: usize,
+    /// Tokens taken since the window's text last ended in a whole character or grew by one.
+    pending: usize,
 }
 
 impl<'a> StreamDecoder<'a> {
     pub(super) fn new(tokenizer: &'a Tokenizer, context: &[u32]) -> Self {
         let ids = context[context.len().saturating_sub(CONTEXT)..].to_vec();
-        let done = ids.len();
-        StreamDecoder { tokenizer, ids, done }
+        // An id of the context that the vocabulary lacks cannot give text; the window then starts empty.
+        match tokenizer.decode(&ids, true) {
+            Ok(text) => StreamDecoder { tokenizer, ids, sent: text.len(), pending: 0 },
+            Err(_) => StreamDecoder { tokenizer, ids: Vec::new(), sent: 0, pending: 0 },
+        }
     }
 
     /// Takes the next id and returns the text that became complete, possibly empty.
     ///
     /// # Errors
-    /// An id outside the vocabulary.
+    /// An id outside the vocabulary; the decoder goes on as if it had not come.
     pub fn push(&mut self, id: u32) -> Result<String> {
         self.ids.push(id);
-        let pending = self.ids.len() - self.done;
-        let text = self.pending_text()?;
-        if text.ends_with('\u{fffd}') && pending <= MAX_PENDING {
-            return Ok(String::new());
+        let text = match self.tokenizer.decode(&self.ids, true) {
+            Ok(text) => text,
+            Err(e) => {
+                self.ids.pop();
+                return Err(e);
+            }
+        };
+        // An unfinished character can only be at the end; everything before it is settled.
+        let whole = text.trim_end_matches(BROKEN).len();
+        self.pending = match () {
+            () if whole == text.len() => 0,
+            () if whole > self.sent => 1,
+            () => self.pending + 1,
+        };
+        let hopeless = self.pending > MAX_PENDING;
+        let upto = if hopeless { text.len() } else { whole };
+        let out = text.get(self.sent..upto).unwrap_or("").to_owned();
+        self.sent = self.sent.max(upto);
+        if hopeless || (self.pending == 0 && self.ids.len() > MAX_WINDOW) {
+            let keep = if hopeless { 1 } else { CONTEXT };
+            self.ids.drain(..self.ids.len() - keep);
+            self.sent = self.tokenizer.decode(&self.ids, true)?.len();
+            self.pending = 0;
         }
-        self.settle();
-        Ok(text)
+        Ok(out)
     }
 
     /// What is left at the end of a generation: bytes of an unfinished character become U+FFFD.
@@ -44,26 +71,9 @@ impl<'a> StreamDecoder<'a> {
     /// # Errors
     /// None beyond those of [`StreamDecoder::push`].
     pub fn finish(&mut self) -> Result<String> {
-        let text = self.pending_text()?;
-        self.settle();
-        Ok(text)
-    }
-
-    /// Text of the window minus text of its settled part.
-    fn pending_text(&self) -> Result<String> {
-        let before = self.tokenizer.decode(&self.ids[..self.done], true)?;
-        let mut after = self.tokenizer.decode(&self.ids, true)?;
-        let common = before.bytes().zip(after.bytes()).take_while(|(a, b)| a == b).count();
-        let mut at = common.min(after.len());
-        while !after.is_char_boundary(at) {
-            at -= 1;
-        }
-        Ok(after.split_off(at))
-    }
-
-    fn settle(&mut self) {
-        let drop = self.ids.len().saturating_sub(CONTEXT);
-        self.ids.drain(..drop);
-        self.done = self.ids.len();
+        let text = self.tokenizer.decode(&self.ids, true)?;
+        let out = text.get(self.sent..).unwrap_or("").to_owned();
+        self.sent = text.len();
+        Ok(out)
     }
 }
