@@ -1,1 +1,19 @@
-//! foveal-lab
+//! Comparisons, quality tasks, benchmarks and reports.
+
+#![warn(missing_docs)]
+
+pub mod bench;
+pub mod compare;
+pub mod error;
+pub mod eval;
+pub mod facts;
+pub mod maps;
+pub mod needle;
+pub mod ppl;
+pub mod report;
+pub mod results;
+#[cfg(test)]
+mod testing;
+pub mod verdict;
+
+pub use error::{LabError, Result};
