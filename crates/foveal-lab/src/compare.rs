@@ -134,8 +134,7 @@ fn prompt_part(p: &Plan) -> Plan {
 pub fn role(p: &Plan, kv: foveal::prim::kv::KvDtype) -> Role {
     let sparse = |s: &foveal::Spec| s.id != DENSE;
     let prompt = sparse(&p.prefill) || p.rules.iter().any(|r| r.prefill.as_ref().is_some_and(sparse));
-    let store =
-        sparse(&p.cache) || p.rules.iter().any(|r| r.cache.as_ref().is_some_and(sparse)) || p.kv_dtype != kv;
+    let store = sparse(&p.cache) || p.rules.iter().any(|r| r.cache.as_ref().is_some_and(sparse)) || p.kv_dtype != kv;
     match (prompt, store) {
         (false, false) => Role::Dense,
         (true, false) => Role::Prefill,
@@ -153,7 +152,12 @@ fn describe(p: &Plan, role: Role) -> SystemInfo {
         ids.retain(|i| *i != DENSE);
     }
     let mut seen: Vec<&str> = Vec::new();
-    ids.retain(|i| !seen.contains(i) && { seen.push(i); true });
+    ids.retain(|i| {
+        !seen.contains(i) && {
+            seen.push(i);
+            true
+        }
+    });
     let cards: Vec<_> = ids.iter().filter_map(|i| registry::find(i).ok()).collect();
     let join = |f: fn(&foveal::Card) -> &str, by: &str| {
         cards.iter().map(|c| f(c)).filter(|s| !s.is_empty()).collect::<Vec<_>>().join(by)
@@ -408,7 +412,11 @@ impl Run<'_, '_> {
                     continue;
                 }
                 self.tell(format!("{l} tokens: prompt, {}", group_name(&self.plans, group)))?;
-                let o = self.options(if round == 0 && c.options.ppl { LogitsFor::LastN(scored + 1) } else { LogitsFor::Last });
+                let o = self.options(if round == 0 && c.options.ppl {
+                    LogitsFor::LastN(scored + 1)
+                } else {
+                    LogitsFor::Last
+                });
                 let done = self.survive(c.model.prefill(text, &group.plan, &o).map_err(Into::into))?;
                 match done {
                     Ok(p) => {
@@ -505,8 +513,7 @@ impl Run<'_, '_> {
         o.capture_pre = stored.iter().any(|&m| self.needs[m].pre_rotation);
         let (reference, prompt) = c.model.start(tokens, &group.plan, None, &o)?;
         self.done += cost(l);
-        let prompt_error =
-            OutputError::of(prompt.probe.iter().map(|&x| f64::from(x)).collect(), Place::Prompt);
+        let prompt_error = OutputError::of(prompt.probe.iter().map(|&x| f64::from(x)).collect(), Place::Prompt);
         for &m in &group.members {
             measured[m].error = prompt_error.clone();
         }
@@ -538,8 +545,7 @@ impl Run<'_, '_> {
         }
         if plain.contains(&0) {
             let decode = self.decode(&reference, None, None)?.0;
-            measured[0].store =
-                Some(StoreMeasured { resident: reference.resident(), tokens: reference.len(), decode });
+            measured[0].store = Some(StoreMeasured { resident: reference.resident(), tokens: reference.len(), decode });
         }
         self.done += 0.3 * cost(l) * plain.len() as f64;
 
@@ -691,10 +697,9 @@ impl Run<'_, '_> {
     fn rows(&self, l: usize, groups: &[Group], prompts: &[PromptMeasured], measured: &[Measured]) -> Result<Vec<Row>> {
         let scored = l - ppl::split(l)?;
         let dense_prompt = prompts[0].summary();
-        let dense_store = measured[0].store.ok_or(LabError::Length {
-            length: l,
-            problem: "dense attention was not measured".into(),
-        })?;
+        let dense_store = measured[0]
+            .store
+            .ok_or(LabError::Length { length: l, problem: "dense attention was not measured".into() })?;
         let dense_ppl = measured[0].ppl;
         let over = |a: f64, b: f64| if b > 0.0 { a / b } else { 0.0 };
         let mut rows = Vec::new();
@@ -732,8 +737,7 @@ impl Run<'_, '_> {
             let mut quality = None;
             match (m.ppl, dense_ppl) {
                 (Some(p), Some(d)) if p.is_finite() && d.is_finite() => {
-                    quality =
-                        Some(Ppl { ppl: p, tokens: scored, difference: p - d, percent: (p / d - 1.0) * 100.0 });
+                    quality = Some(Ppl { ppl: p, tokens: scored, difference: p - d, percent: (p / d - 1.0) * 100.0 });
                 }
                 (Some(p), _) => failed = failed.or(Some(format!("perplexity is {p}: the output is not finite"))),
                 _ => {}

@@ -165,7 +165,11 @@ pub fn haystack(words: &dyn Words, text: &[u32], length: usize, o: &NeedleOption
         });
     };
     if text.len() < hay {
-        return Err(LabError::TextTooShort { what: format!("a haystack of {length} tokens"), have: text.len(), need: hay });
+        return Err(LabError::TextTooShort {
+            what: format!("a haystack of {length} tokens"),
+            have: text.len(),
+            need: hay,
+        });
     }
     let text = &text[..hay];
 
@@ -228,12 +232,7 @@ pub(crate) fn score(model: &Model, e: &foveal_llm::Extended, q: &Question) -> Tr
         .zip(truth)
         .filter(|(row, t)| argmax(row) == **t as usize)
         .count();
-    Trial {
-        name: q.name.clone(),
-        depth: q.depth,
-        hit: right == q.answer,
-        right: right as f64 / q.answer as f64,
-    }
+    Trial { name: q.name.clone(), depth: q.depth, hit: right == q.answer, right: right as f64 / q.answer as f64 }
 }
 
 fn argmax(row: &[f32]) -> usize {

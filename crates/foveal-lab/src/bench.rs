@@ -1,0 +1,483 @@
+//! `bench ops`: the primitives over a sweep of shapes, as JSON, CSV or Markdown rows.
+//!
+//! Each row is the median and the minimum of repeated calls after one warm-up; FLOP/s and B/s
+//! come from the work that the call itself returned, not from a formula.
+
+use crate::compare::median;
+use crate::error::{LabError, Result};
+use foveal_kernels::decode::{Codec, Decode, Segment};
+use foveal_kernels::exp::{Fun, apply};
+use foveal_kernels::{
+    Attend, BlockTable, HeadKeys, HeadTable, Isa, KeyLists, PackedLinear, View, ViewMut, WeightFormat, Work, merge_row,
+};
+use half::bf16;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use std::fmt::Write;
+use std::time::Instant;
+
+/// One measurement.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct OpRow {
+    /// Primitive and variant.
+    pub op: String,
+    /// Shape in words.
+    pub shape: String,
+    /// Storage type.
+    pub dtype: String,
+    /// Instruction set asked for.
+    pub isa: String,
+    /// Threads.
+    pub threads: usize,
+    /// Median milliseconds.
+    pub median_ms: f64,
+    /// Fastest, milliseconds.
+    pub min_ms: f64,
+    /// Calls timed.
+    pub reps: usize,
+    /// 10⁹ floating-point operations a second, from the median.
+    pub gflops: f64,
+    /// 10⁹ bytes a second, from the median.
+    pub gbytes: f64,
+    /// Floating-point operations of one call.
+    pub flops: u64,
+    /// Bytes of one call, as the kernel counts them.
+    pub bytes: u64,
+    /// Tiles of one call.
+    pub tiles: u64,
+    /// Query-key pairs of one call.
+    pub pairs: u64,
+}
+
+/// What to sweep.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BenchOptions {
+    /// Only operations whose name contains this.
+    pub filter: Option<String>,
+    /// Token counts.
+    pub tokens: Vec<usize>,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Head width.
+    pub head_dim: usize,
+    /// Instruction sets; empty = the one in force.
+    pub isas: Vec<Isa>,
+    /// Calls are repeated until this many seconds are spent (3 to 200 times).
+    pub seconds: f64,
+    /// Seed of the operands.
+    pub seed: u64,
+}
+
+impl Default for BenchOptions {
+    fn default() -> Self {
+        Self {
+            filter: None,
+            tokens: vec![512, 2048],
+            heads: 9,
+            kv_heads: 3,
+            head_dim: 64,
+            isas: Vec::new(),
+            seconds: 0.3,
+            seed: 0,
+        }
+    }
+}
+
+struct Bench<'a> {
+    o: &'a BenchOptions,
+    isa: Isa,
+    rows: Vec<OpRow>,
+    on_row: &'a mut dyn FnMut(&OpRow),
+}
+
+impl Bench<'_> {
+    fn wanted(&self, op: &str) -> bool {
+        self.o.filter.as_ref().is_none_or(|f| op.contains(f.as_str()))
+    }
+
+    fn time(&mut self, op: &str, shape: String, dtype: &str, call: &mut dyn FnMut() -> Result<Work>) -> Result<()> {
+        let work = call()?;
+        let (mut t, mut spent) = (Vec::new(), 0.0);
+        while t.len() < 3 || (spent < self.o.seconds && t.len() < 200) {
+            let begin = Instant::now();
+            std::hint::black_box(call()?);
+            let s = begin.elapsed().as_secs_f64();
+            spent += s;
+            t.push(s);
+        }
+        let reps = t.len();
+        let mid = median(&mut t);
+        let row = OpRow {
+            op: op.into(),
+            shape,
+            dtype: dtype.into(),
+            isa: self.isa.to_string(),
+            threads: rayon::current_num_threads(),
+            median_ms: mid * 1e3,
+            min_ms: t[0] * 1e3,
+            reps,
+            gflops: work.flops as f64 / mid / 1e9,
+            gbytes: work.bytes as f64 / mid / 1e9,
+            flops: work.flops,
+            bytes: work.bytes,
+            tiles: work.tiles,
+            pairs: work.pairs,
+        };
+        (self.on_row)(&row);
+        self.rows.push(row);
+        Ok(())
+    }
+}
+
+fn noise(rng: &mut ChaCha8Rng, n: usize) -> Vec<f32> {
+    (0..n).map(|_| rng.random_range(-1.0f32..1.0)).collect()
+}
+
+fn narrow(x: &[f32]) -> Vec<bf16> {
+    x.iter().map(|&v| bf16::from_f32(v)).collect()
+}
+
+/// Run the sweep; `on_row` is told of each row as it comes.
+///
+/// # Errors
+/// Head counts that do not divide, or a kernel's refusal.
+pub fn ops(o: &BenchOptions, on_row: &mut dyn FnMut(&OpRow)) -> Result<Vec<OpRow>> {
+    if o.kv_heads == 0 || !o.heads.is_multiple_of(o.kv_heads) || o.head_dim == 0 {
+        return Err(LabError::Setting {
+            name: "heads",
+            value: format!("{} query heads, {} key/value heads of {}", o.heads, o.kv_heads, o.head_dim),
+            remedy: "query heads must be a multiple of the key/value heads".into(),
+        });
+    }
+    if let Some(&t) = o.tokens.iter().find(|&&t| t == 0 || t > 1 << 20) {
+        return Err(LabError::Length { length: t, problem: "use 1 to 1,048,576 tokens".into() });
+    }
+    let mut rows = Vec::new();
+    let isas = if o.isas.is_empty() { vec![Isa::active()] } else { o.isas.clone() };
+    for isa in isas {
+        let mut b = Bench { o, isa, rows: Vec::new(), on_row };
+        for &t in &o.tokens {
+            attention(&mut b, t)?;
+            decoding(&mut b, t)?;
+        }
+        linears(&mut b)?;
+        small(&mut b)?;
+        rows.extend(b.rows);
+    }
+    Ok(rows)
+}
+
+fn attention(b: &mut Bench, t: usize) -> Result<()> {
+    let (h, hkv, d) = (b.o.heads, b.o.kv_heads, b.o.head_dim);
+    let mut rng = ChaCha8Rng::seed_from_u64(b.o.seed);
+    let (q, k, v) = (noise(&mut rng, h * t * d), noise(&mut rng, hkv * t * d), noise(&mut rng, hkv * t * d));
+    let mut out = vec![0f32; h * t * d];
+    let shape = format!("1x{h}({hkv})x{t}x{d}");
+    let attend = Attend::new(1.0 / (d as f32).sqrt()).isa(b.isa);
+    macro_rules! run {
+        ($attend:expr, $q:expr, $k:expr, $v:expr) => {
+            Ok($attend.run(
+                &View::contiguous("q", $q, [1, h, t, d])?,
+                &View::contiguous("k", $k, [1, hkv, t, d])?,
+                &View::contiguous("v", $v, [1, hkv, t, d])?,
+                &mut ViewMut::contiguous("out", &mut out, [1, h, t, d])?,
+                None,
+            )?)
+        };
+    }
+    if b.wanted("attend") {
+        let causal = attend.clone().causal(true);
+        b.time("attend full", shape.clone(), "f32", &mut || run!(attend, &q, &k, &v))?;
+        b.time("attend causal", shape.clone(), "f32", &mut || run!(causal, &q, &k, &v))?;
+        let (q16, k16, v16) = (narrow(&q), narrow(&k), narrow(&v));
+        b.time("attend causal", shape.clone(), "bf16", &mut || run!(causal, &q16, &k16, &v16))?;
+        for density in [0.5, 0.25, 0.1] {
+            const BLOCK: usize = 64;
+            let heads = (0..h)
+                .map(|_| {
+                    let lists = (0..t.div_ceil(BLOCK) as u32)
+                        .map(|qb| (0..=qb).filter(|&kb| kb == qb || rng.random_bool(density)).collect())
+                        .collect();
+                    HeadTable::from_lists(BLOCK, BLOCK, lists)
+                })
+                .collect();
+            let table = BlockTable { heads };
+            let sparse = causal.clone().table(Some(&table));
+            let name = format!("attend blocks {:.0}%", density * 100.0);
+            b.time(&name, shape.clone(), "f32", &mut || run!(sparse, &q, &k, &v))?;
+        }
+    }
+    if b.wanted("attend_indexed") {
+        const GROUP: usize = 64;
+        for share in [0.25, 0.05] {
+            let heads = (0..h)
+                .map(|_| {
+                    let lists = (0..t.div_ceil(GROUP))
+                        .map(|g| (0..((g + 1) * GROUP).min(t) as u32).filter(|_| rng.random_bool(share)).collect())
+                        .collect();
+                    HeadKeys::from_lists(GROUP, lists)
+                })
+                .collect();
+            let lists = KeyLists { heads };
+            let causal = attend.clone().causal(true);
+            b.time(&format!("attend_indexed {:.0}%", share * 100.0), shape.clone(), "f32", &mut || {
+                Ok(foveal_kernels::attend_indexed(
+                    &causal,
+                    &lists,
+                    &View::contiguous("q", &q, [1, h, t, d])?,
+                    &View::contiguous("k", &k, [1, hkv, t, d])?,
+                    &View::contiguous("v", &v, [1, hkv, t, d])?,
+                    &mut ViewMut::contiguous("out", &mut out, [1, h, t, d])?,
+                    None,
+                )?)
+            })?;
+        }
+    }
+    Ok(())
+}
+
+fn decoding(b: &mut Bench, t: usize) -> Result<()> {
+    if !b.wanted("decode") {
+        return Ok(());
+    }
+    let (h, hkv, d) = (b.o.heads, b.o.kv_heads, b.o.head_dim);
+    let mut rng = ChaCha8Rng::seed_from_u64(b.o.seed);
+    let q = noise(&mut rng, h * d);
+    let k: Vec<Vec<f32>> = (0..hkv).map(|_| noise(&mut rng, t * d)).collect();
+    let v: Vec<Vec<f32>> = (0..hkv).map(|_| noise(&mut rng, t * d)).collect();
+    let (mut out, mut lse) = (vec![0f32; h * d], vec![0f32; h]);
+    let mut decode = Decode::new(1.0 / (d as f32).sqrt());
+    decode.isa = b.isa;
+    let shape = format!("1x{h}({hkv})x1 over {t}x{d}");
+    let segment = |k, v| vec![Segment { k, v, len: t, channels: None }];
+
+    let wide: Vec<Vec<Segment>> = k
+        .iter()
+        .zip(&v)
+        .map(|(k, v)| segment(Codec::F32 { data: k, stride: d }, Codec::F32 { data: v, stride: d }))
+        .collect();
+    b.time("decode dense", shape.clone(), "f32", &mut || {
+        Ok(decode.run(&q, [h, 1, d], &wide, d, None, &mut out, &mut lse)?)
+    })?;
+
+    let (k16, v16): (Vec<_>, Vec<_>) = k.iter().zip(&v).map(|(k, v)| (narrow(k), narrow(v))).unzip();
+    let half: Vec<Vec<Segment>> = k16
+        .iter()
+        .zip(&v16)
+        .map(|(k, v)| segment(Codec::Bf16 { data: k, stride: d }, Codec::Bf16 { data: v, stride: d }))
+        .collect();
+    b.time("decode dense", shape.clone(), "bf16", &mut || {
+        Ok(decode.run(&q, [h, 1, d], &half, d, None, &mut out, &mut lse)?)
+    })?;
+
+    let byte = |x: &[f32]| -> (Vec<i8>, Vec<f32>) {
+        let q = x.iter().map(|v| (v * 127.0).round() as i8).collect();
+        (q, vec![1.0 / 127.0; t])
+    };
+    let (k8, v8): (Vec<_>, Vec<_>) = k.iter().zip(&v).map(|(k, v)| (byte(k), byte(v))).unzip();
+    let int8: Vec<Vec<Segment>> = k8
+        .iter()
+        .zip(&v8)
+        .map(|(k, v)| {
+            segment(
+                Codec::Int8 { data: &k.0, stride: d, scales: &k.1 },
+                Codec::Int8 { data: &v.0, stride: d, scales: &v.1 },
+            )
+        })
+        .collect();
+    b.time("decode dense", shape.clone(), "int8", &mut || {
+        Ok(decode.run(&q, [h, 1, d], &int8, d, None, &mut out, &mut lse)?)
+    })?;
+
+    for share in [0.25, 0.05] {
+        let heads = (0..h)
+            .map(|_| HeadKeys::from_lists(1, vec![(0..t as u32).filter(|_| rng.random_bool(share)).collect()]))
+            .collect();
+        let lists = KeyLists { heads };
+        b.time(&format!("decode selected {:.0}%", share * 100.0), shape.clone(), "bf16", &mut || {
+            Ok(decode.run(&q, [h, 1, d], &half, d, Some(&lists), &mut out, &mut lse)?)
+        })?;
+    }
+    Ok(())
+}
+
+fn linears(b: &mut Bench) -> Result<()> {
+    if !b.wanted("linear") {
+        return Ok(());
+    }
+    let mut rng = ChaCha8Rng::seed_from_u64(b.o.seed);
+    for (n, k) in [(576, 576), (3072, 576), (576, 1536), (2048, 2048)] {
+        let w = noise(&mut rng, n * k);
+        for (format, name) in [(WeightFormat::F32, "f32"), (WeightFormat::Bf16, "bf16"), (WeightFormat::Int8, "int8")] {
+            let packed = PackedLinear::pack(&w, n, k, format)?;
+            for m in [1usize, 512] {
+                let x = noise(&mut rng, m * k);
+                let mut out = vec![0f32; m * n];
+                let isa = b.isa;
+                b.time("linear", format!("({m}, {k}) x ({n}, {k})^T"), name, &mut || {
+                    Ok(packed.forward(&x, m, &mut out, isa)?)
+                })?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn small(b: &mut Bench) -> Result<()> {
+    let mut rng = ChaCha8Rng::seed_from_u64(b.o.seed);
+    const N: usize = 1 << 16;
+    if b.wanted("exp") {
+        let x: Vec<f32> = noise(&mut rng, N).iter().map(|v| v * 10.0 - 10.0).collect();
+        let mut y = x.clone();
+        let isa = b.isa;
+        b.time("exp", format!("{N}"), "f32", &mut || {
+            y.copy_from_slice(&x);
+            apply(Fun::Exp, &mut y, isa);
+            // One exponential counts as one operation.
+            Ok(Work { flops: N as u64, bytes: 8 * N as u64, tiles: 0, pairs: 0 })
+        })?;
+    }
+    if b.wanted("merge") {
+        let d = b.o.head_dim;
+        let rows = N / d;
+        let (mut acc, o) = (noise(&mut rng, rows * d), noise(&mut rng, rows * d));
+        let mut lse = vec![0f32; rows];
+        b.time("merge", format!("{rows}x{d}"), "f32", &mut || {
+            lse.fill(0.0);
+            for ((a, l), o) in acc.chunks_exact_mut(d).zip(&mut lse).zip(o.chunks_exact(d)) {
+                merge_row(a, l, o, 0.5);
+            }
+            // Two products and a sum an element; read both, write one.
+            Ok(Work { flops: 3 * (rows * d) as u64, bytes: 12 * (rows * d) as u64, tiles: 0, pairs: 0 })
+        })?;
+    }
+    Ok(())
+}
+
+/// Rows as a JSON array.
+///
+/// # Errors
+/// Never in practice: all numbers are finite.
+pub fn json(rows: &[OpRow]) -> Result<String> {
+    serde_json::to_string_pretty(rows)
+        .map(|s| s + "\n")
+        .map_err(|e| LabError::Report { what: "the rows".into(), problem: e.to_string() })
+}
+
+/// Rows as CSV with a header line.
+pub fn csv(rows: &[OpRow]) -> String {
+    let mut s = String::from(
+        "op,shape,dtype,isa,threads,median_ms,min_ms,reps,gflops,gbytes_per_s,flops,bytes,tiles,pairs\r\n",
+    );
+    for r in rows {
+        let _ = write!(
+            s,
+            "{},\"{}\",{},{},{},{},{},{},{},{},{},{},{},{}\r\n",
+            r.op,
+            r.shape,
+            r.dtype,
+            r.isa,
+            r.threads,
+            r.median_ms,
+            r.min_ms,
+            r.reps,
+            r.gflops,
+            r.gbytes,
+            r.flops,
+            r.bytes,
+            r.tiles,
+            r.pairs
+        );
+    }
+    s
+}
+
+/// Rows as a Markdown table, aligned.
+pub fn markdown(rows: &[OpRow]) -> String {
+    let head = ["op", "shape", "dtype", "isa", "median ms", "min ms", "reps", "GFLOP/s", "GB/s"];
+    let mut cells: Vec<[String; 9]> = vec![head.map(String::from)];
+    for r in rows {
+        cells.push([
+            r.op.clone(),
+            r.shape.clone(),
+            r.dtype.clone(),
+            r.isa.clone(),
+            format!("{:.3}", r.median_ms),
+            format!("{:.3}", r.min_ms),
+            r.reps.to_string(),
+            format!("{:.1}", r.gflops),
+            format!("{:.2}", r.gbytes),
+        ]);
+    }
+    let width: Vec<usize> = (0..9).map(|i| cells.iter().map(|c| c[i].chars().count()).max().unwrap_or(0)).collect();
+    let mut s = String::new();
+    for (n, c) in cells.iter().enumerate() {
+        s.push('|');
+        for i in 0..9 {
+            let w = width[i];
+            let _ = if i < 4 { write!(s, " {:<w$} |", c[i]) } else { write!(s, " {:>w$} |", c[i]) };
+        }
+        s.push('\n');
+        if n == 0 {
+            s.push('|');
+            for (i, w) in width.iter().enumerate() {
+                let dash = "-".repeat(w + 1);
+                let _ = if i < 4 { write!(s, ":{dash}|") } else { write!(s, "{dash}:|") };
+            }
+            s.push('\n');
+        }
+    }
+    s
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_primitive_gives_a_finite_row_in_every_format() {
+        let o = BenchOptions {
+            tokens: vec![128],
+            heads: 2,
+            kv_heads: 1,
+            head_dim: 16,
+            seconds: 0.0,
+            ..BenchOptions::default()
+        };
+        let mut told = 0;
+        let rows = ops(&o, &mut |_| told += 1).unwrap();
+        assert_eq!(told, rows.len());
+        for op in [
+            "attend full",
+            "attend causal",
+            "attend blocks",
+            "attend_indexed",
+            "decode dense",
+            "decode selected",
+            "linear",
+            "exp",
+            "merge",
+        ] {
+            assert!(rows.iter().any(|r| r.op.starts_with(op)), "{op}");
+        }
+        assert!(rows.iter().all(|r| r.reps == 3 && r.median_ms.is_finite() && r.min_ms <= r.median_ms));
+        // A sparser table computes fewer pairs.
+        let pairs = |op: &str| rows.iter().find(|r| r.op == op && r.dtype == "f32").unwrap().pairs;
+        assert!(pairs("attend blocks 10%") <= pairs("attend blocks 50%"));
+        let back: Vec<OpRow> = serde_json::from_str(&json(&rows).unwrap()).unwrap();
+        assert_eq!(back, rows);
+        assert_eq!(csv(&rows).lines().count(), rows.len() + 1);
+        assert_eq!(markdown(&rows).lines().count(), rows.len() + 2);
+    }
+
+    #[test]
+    fn the_filter_and_bad_shapes() {
+        let o = BenchOptions { filter: Some("merge".into()), seconds: 0.0, ..BenchOptions::default() };
+        assert!(ops(&o, &mut |_| {}).unwrap().iter().all(|r| r.op == "merge"));
+        assert!(ops(&BenchOptions { kv_heads: 2, ..o.clone() }, &mut |_| {}).is_err());
+        assert!(ops(&BenchOptions { tokens: vec![0], ..o }, &mut |_| {}).is_err());
+    }
+}
