@@ -9,7 +9,6 @@ pub enum LabError {
     /// The engine or a checkpoint refused.
     #[error(transparent)]
     Llm(#[from] foveal_llm::LlmError),
-    Llm(#[from] foveal_llm::LlmError),
     /// A system refused.
     #[error(transparent)]
     System(#[from] foveal::Error),
