@@ -387,7 +387,7 @@ impl Run<'_, '_> {
         let tokens = &text[..text.len().min(CALIBRATION)];
         self.tell(format!("calibrating on {} tokens", tokens.len()))?;
         // Policies that factorise the weights weigh them by the layer's inputs.
-        let inputs = self.needs.iter().any(|n| n.calibration && n.weights);
+        let inputs = self.needs.iter().any(|n| n.input_moment);
         self.calibration = Some(self.c.model.calibrate(tokens, inputs)?);
         Ok(format!("{told}, {} tokens", tokens.len()))
     }

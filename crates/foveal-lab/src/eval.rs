@@ -44,7 +44,7 @@ pub struct NeedleScore {
 /// A plan that does not fit the model.
 pub fn calibration_needs(model: &Model, plan: &Plan) -> Result<(bool, bool)> {
     let n = plan.resolve(model.config())?.needs();
-    Ok((n.calibration, n.calibration && n.weights))
+    Ok((n.calibration, n.input_moment))
 }
 
 /// Perplexity of the last quarter of the first `length` tokens. A plan that only changes the

@@ -86,7 +86,7 @@ pub fn table(r: &Results, length: usize) -> String {
         for (i, c) in cells.iter().enumerate() {
             let pad = " ".repeat(width[i] - c.chars().count().min(width[i]));
             if i > 0 {
-                s.push_str("  ");
+                s.push(' ');
             }
             if COLUMNS[i].2 {
                 s.push_str(&pad);
@@ -101,7 +101,7 @@ pub fn table(r: &Results, length: usize) -> String {
     let mut out = format!("{} tokens\n", thousands(length as u64));
     out += &line(&COLUMNS.iter().map(|c| c.0).collect::<Vec<_>>());
     out += &line(&COLUMNS.iter().map(|c| c.1).collect::<Vec<_>>());
-    let total = width.iter().sum::<usize>() + 2 * (width.len() - 1);
+    let total = width.iter().sum::<usize>() + width.len() - 1;
     out += &"─".repeat(total);
     out.push('\n');
     for c in &rows {
@@ -144,12 +144,12 @@ mod tests {
         let r = results();
         let expected = "\
 2,048 tokens
-                          prompt         attn         seen  decode         read    KV          rel. error       ppl   ppl  needles
-system                         s  ratio     s  ratio     %   tok/s  ratio     %   MiB  ratio   mean/worst  last 1/4   +-%    found  verdict
-──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-dense                       4.50   1.00  2.25   1.00   100    50.0   1.00   100  2.00   1.00            -      20.0           9/10  reference
-xattention:threshold=0.9    2.70   0.60  1.35   0.60    40    50.0   1.00   100  2.00   1.00  0.150/0.300      20.3  +1.5     5/10  loses quality
-think                       4.50      =  2.25      =   100    50.0   1.00   100  1.50   0.75  0.150/0.300      20.6  +3.0     9/10  loses quality
+                         prompt       attn       seen decode       read   KV        rel. error      ppl  ppl needles
+system                        s ratio    s ratio    %  tok/s ratio    %  MiB ratio  mean/worst last 1/4  +-%   found verdict
+──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+dense                      4.50  1.00 2.25  1.00  100   50.0  1.00  100 2.00  1.00           -     20.0         9/10 reference
+xattention:threshold=0.9   2.70  0.60 1.35  0.60   40   50.0  1.00  100 2.00  1.00 0.150/0.300     20.3 +1.5    5/10 loses quality
+think                      4.50     = 2.25     =  100   50.0  1.00  100 1.50  0.75 0.150/0.300     20.6 +3.0    9/10 loses quality
 ";
         assert_eq!(table(&r, 2048), expected, "\n{}", table(&r, 2048));
     }
@@ -168,6 +168,6 @@ think                       4.50      =  2.25      =   100    50.0   1.00   100 
         r.rows[1].verdict = crate::verdict::Verdict::Failed { reason: "no".into() };
         let t = table(&r, 512);
         assert!(t.contains(&("a".repeat(29) + "…")) && t.contains("failed"), "{t}");
-        assert!(t.lines().all(|l| l.chars().count() <= 150), "{t}");
+        assert!(t.lines().all(|l| l.chars().count() <= 142), "{t}");
     }
 }
