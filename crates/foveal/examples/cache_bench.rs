@@ -104,21 +104,19 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let filled = t0.elapsed().as_secs_f64();
         let bytes = c.resident().total();
         let mut single = c.fork();
-        let run =
-            |c: &mut dyn foveal::cache::LayerCache, n: usize, upto: usize| -> Result<(f64, u64), foveal::Error> {
-                let (mut seconds, mut pairs, mut a) = (0.0, 0, 0);
-                while a < upto {
-                    let b = (a + n).min(upto);
-                    let mut out = vec![0f32; H * (b - a) * D];
-                    let (q, k, v) = (cut(&q, a, b), cut(&nk, a, b), cut(&nv, a, b));
-                    let t0 = Instant::now();
-                    pairs +=
-                        c.step(&Step { n: b - a, pos: PROMPT + a, q: &q, k_pre: &k, k: &k, v: &v }, &mut out)?.pairs;
-                    seconds += t0.elapsed().as_secs_f64();
-                    a = b;
-                }
-                Ok((seconds, pairs))
-            };
+        let run = |c: &mut dyn foveal::cache::LayerCache, n: usize, upto: usize| -> Result<(f64, u64), foveal::Error> {
+            let (mut seconds, mut pairs, mut a) = (0.0, 0, 0);
+            while a < upto {
+                let b = (a + n).min(upto);
+                let mut out = vec![0f32; H * (b - a) * D];
+                let (q, k, v) = (cut(&q, a, b), cut(&nk, a, b), cut(&nv, a, b));
+                let t0 = Instant::now();
+                pairs += c.step(&Step { n: b - a, pos: PROMPT + a, q: &q, k_pre: &k, k: &k, v: &v }, &mut out)?.pairs;
+                seconds += t0.elapsed().as_secs_f64();
+                a = b;
+            }
+            Ok((seconds, pairs))
+        };
         let (seconds, pairs) = run(&mut *c, n, NEW)?;
         let (one, _) = run(&mut *single, 1, 32)?;
         let dense = (H * (NEW * PROMPT + NEW * (NEW + 1) / 2)) as f64;

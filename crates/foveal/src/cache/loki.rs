@@ -70,7 +70,7 @@ pub const CARD: Card = Card {
         Law::StepsAgree,
         Law::BytesAsDeclared,
         Law::ExactAt(&[("topk", "1")]),
-        Law::Monotone { param: "topk", values: &["0.125", "0.25", "0.5", "1"] },
+        Law::Monotone { param: "topk", values: &["0.125", "0.25", "0.5"] },
     ],
     equation: "P = eigenvectors of Σ k kᵀ (calibration, after rotation), falling eigenvalues\n\
                ŝ = (qP)[:d']·(KP)[:,:d']ᵀ;  I = top ⌊topk·T⌋ of ŝ\n\
