@@ -1,13 +1,21 @@
 //! Sparse patterns (family B): which keys each query of the prompt visits.
 
+pub mod anchorattention;
+mod estimate;
+pub mod hip_attention;
+pub mod mask;
+pub mod minference;
+pub mod moba;
 pub mod run;
+pub mod xattention;
 
 use crate::error::Result;
 use crate::system::Card;
 use foveal_kernels::{HeadKeys, HeadTable, Work};
 
 /// Cards of this family.
-pub const CARDS: &[&Card] = &[];
+pub const CARDS: &[&Card] =
+    &[&minference::CARD, &xattention::CARD, &hip_attention::CARD, &moba::CARD, &anchorattention::CARD];
 
 /// Rows of a matrix of f32, with a row stride.
 #[derive(Clone, Copy, Debug)]

@@ -1,0 +1,427 @@
+//! MInference 1.0: one dynamic sparse pattern per head (Jiang et al. 2024, arXiv 2407.02490).
+//!
+//! * `vertical-slash`: P = causal softmax of scale · Q_last K^T for the last `last_q` queries.
+//!   vertical(j) = Σ_i P(i, j); slash(δ) = Σ_i P(i, i − δ). The first `sinks` columns and the
+//!   nearest `recent` diagonals are taken, then the largest, `vertical_size` and `slash_size` in
+//!   all. A query block visits every key block that one of the diagonals crosses, and the columns
+//!   outside these blocks as single keys.
+//! * `a-shape`: the first `init` keys and the last `local` keys.
+//! * `block-sparse`: the `blocks` key blocks of largest mean(q)·mean(k), the diagonal included.
+//! * `dense`: everything.
+//!
+//! q (Tq, D), k (Tk, D) → blocks and, for vertical-slash, single keys. Cost of the estimates:
+//! vertical-slash 2·last_q·T·D, a-shape nothing, block-sparse T²·D/block_size²;
+//! extra memory last_q·T, none, O(T).
+//!
+//! Which pattern with which sizes suits a head is found offline by [`search`].
+
+use super::estimate::{SOFTMAX_FLOPS, bytes, exp_row};
+use super::mask::tile_pairs;
+use super::{HeadProblem, HeadSelection, Mat, Selector};
+use crate::error::{Error, Result};
+use crate::prim::gemm::abt;
+use crate::prim::pool::mean_blocks;
+use crate::prim::select::topk;
+use crate::prim::{AttendOptions, attend, attend_selected};
+use crate::system::{Card, Config, Family, Growth, Law, Params, Slot, Spec, System, configure, params_of};
+use candle_core::{Device, Tensor};
+use foveal_kernels::{HeadKeys, HeadTable, Work};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// What a head visits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pattern {
+    /// Columns and diagonals estimated from the last queries.
+    #[default]
+    VerticalSlash,
+    /// First and last keys.
+    AShape,
+    /// Best blocks by their means.
+    BlockSparse,
+    /// Everything.
+    Dense,
+}
+
+/// Parameters. The four sizes are counts from 1 on, and shares of the keys (of the key blocks for
+/// `blocks`) below 1.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MInference {
+    /// Pattern of the head.
+    pub pattern: Pattern,
+    /// Columns (vertical-slash).
+    pub vertical_size: f64,
+    /// Diagonals (vertical-slash).
+    pub slash_size: f64,
+    /// First keys (a-shape).
+    pub init: usize,
+    /// Last keys, the query's own included (a-shape).
+    pub local: f64,
+    /// Key blocks per query block (block-sparse).
+    pub blocks: f64,
+    /// Cap on vertical_size, slash_size and blocks where they are counts, as a share.
+    pub max_share: f64,
+    /// Queries at the end of the prompt that the estimate looks at.
+    pub last_q: usize,
+    /// Columns taken in any case.
+    pub sinks: usize,
+    /// Diagonals taken in any case.
+    pub recent: usize,
+    /// Queries and keys per block.
+    pub block_size: usize,
+}
+
+impl Default for MInference {
+    fn default() -> Self {
+        Self {
+            pattern: Pattern::VerticalSlash,
+            vertical_size: 1000.0,
+            slash_size: 6096.0,
+            init: 128,
+            local: 1024.0,
+            blocks: 100.0,
+            max_share: 0.05,
+            last_q: 64,
+            sinks: 30,
+            recent: 100,
+            block_size: 64,
+        }
+    }
+}
+
+impl Config for MInference {
+    const DOCS: &'static [(&'static str, &'static str)] = &[
+        ("pattern", "vertical-slash, a-shape, block-sparse or dense"),
+        ("vertical_size", "vertical-slash: columns; a count from 1 on, below 1 a share of the keys"),
+        ("slash_size", "vertical-slash: diagonals; a count from 1 on, below 1 a share of the keys"),
+        ("init", "a-shape: first keys"),
+        ("local", "a-shape: last keys, the query's own included; a count from 1 on, below 1 a share of the keys"),
+        ("blocks", "block-sparse: key blocks per query block; a count from 1 on, below 1 a share of the key blocks"),
+        ("max_share", "cap on vertical_size, slash_size and blocks where they are counts, as a share; 1 = no cap"),
+        ("last_q", "queries at the end of the prompt that the vertical-slash estimate looks at"),
+        ("sinks", "vertical-slash: first columns, taken in any case"),
+        ("recent", "vertical-slash: nearest diagonals, taken in any case"),
+        ("block_size", "queries and keys per block"),
+    ];
+    fn validate(&self) -> std::result::Result<(), String> {
+        for (name, x) in [
+            ("vertical_size", self.vertical_size),
+            ("slash_size", self.slash_size),
+            ("local", self.local),
+            ("blocks", self.blocks),
+        ] {
+            if !(x >= 0.0 && x.is_finite()) {
+                return Err(format!("{name} = {x}: use a count from 1 on or a share from 0 to 1"));
+            }
+        }
+        if !(0.0..=1.0).contains(&self.max_share) {
+            return Err(format!("max_share = {}: use a share from 0 to 1", self.max_share));
+        }
+        if self.last_q == 0 || self.block_size == 0 {
+            return Err(format!("last_q = {}, block_size = {}: use at least 1", self.last_q, self.block_size));
+        }
+        Ok(())
+    }
+}
+
+/// A size: a share of `n` below 1, else a count of at most `cap` · `n`.
+fn size(x: f64, n: usize, cap: f64) -> usize {
+    let count = if x < 1.0 { x * n as f64 } else { x.min(cap * n as f64) };
+    (count.ceil() as usize).min(n)
+}
+
+impl Selector for MInference {
+    fn select(&self, p: &HeadProblem) -> Result<(HeadSelection, Work)> {
+        if p.q.rows == 0 {
+            return Ok((HeadSelection::dense(p), Work::default()));
+        }
+        Ok(match self.pattern {
+            Pattern::VerticalSlash => self.vertical_slash(p),
+            Pattern::AShape => (self.a_shape(p), Work::default()),
+            Pattern::BlockSparse => self.block_sparse(p),
+            Pattern::Dense => (HeadSelection::dense(p), Work::default()),
+        })
+    }
+}
+
+impl MInference {
+    fn vertical_slash(&self, p: &HeadProblem) -> (HeadSelection, Work) {
+        let (tq, tk, d, off) = (p.q.rows, p.k.rows, p.q.cols, p.offset());
+        let mut work = Work::default();
+        let vertical_size = size(self.vertical_size, tk, self.max_share);
+        let slash_size = size(self.slash_size, tk, self.max_share);
+        let (columns, diagonals) = if vertical_size >= tk || slash_size >= tk {
+            // All columns, or all diagonals, are everything: nothing to estimate.
+            (Vec::new(), (0..tk as u32).collect())
+        } else {
+            let m = self.last_q.min(tq);
+            let mut scores = vec![0f32; m * tk];
+            let q = &p.q.data()[(tq - m) * p.q.stride..];
+            work.flops += abt(m, tk, d, p.scale, q, p.q.stride, p.k.data(), p.k.stride, &mut scores);
+            work.bytes += bytes(m + tk, d);
+            let mut vertical = vec![0f32; tk];
+            let mut slash = vec![0f32; tk];
+            for (i, row) in scores.chunks_exact_mut(tk).enumerate() {
+                let seen = tk - m + i + 1;
+                let row = &mut row[..seen];
+                let inv = exp_row(row);
+                for (v, x) in vertical.iter_mut().zip(row.iter_mut()) {
+                    *x *= inv;
+                    *v += *x;
+                }
+                for (s, x) in slash[..seen].iter_mut().rev().zip(row) {
+                    *s += *x;
+                }
+                work.flops += ((SOFTMAX_FLOPS + 3) * seen) as u64;
+            }
+            vertical[..self.sinks.min(tk)].fill(f32::INFINITY);
+            slash[..self.recent.max(1).min(tk)].fill(f32::INFINITY);
+            (topk(&vertical, vertical_size.max(self.sinks)), topk(&slash, slash_size.max(self.recent.max(1))))
+        };
+        let b = self.block_size;
+        let nq = tq.div_ceil(b);
+        let mut table =
+            HeadTable { block_q: b, block_k: b, indptr: Vec::with_capacity(nq + 1), blocks: Vec::new(), rows: None };
+        let mut lists = HeadKeys { group: b, indptr: Vec::with_capacity(nq + 1), keys: Vec::new() };
+        table.indptr.push(0);
+        lists.indptr.push(0);
+        let mut list: Vec<u32> = Vec::with_capacity(tk.div_ceil(b));
+        let mut covered = vec![false; tk.div_ceil(b)];
+        for r0 in (0..tq).step_by(b) {
+            let (first, last) = (off + r0, off + (r0 + b).min(tq) - 1);
+            list.clear();
+            // Diagonals rise, so the blocks that they cross fall.
+            for &delta in &diagonals {
+                let delta = delta as usize;
+                if delta > last {
+                    break;
+                }
+                for x in (first.saturating_sub(delta) / b..=(last - delta) / b).rev() {
+                    if list.last().is_none_or(|&y| (x as u32) < y) {
+                        list.push(x as u32);
+                    }
+                }
+            }
+            list.iter().for_each(|&x| covered[x as usize] = true);
+            lists.keys.extend(columns.iter().filter(|&&j| j as usize <= last && !covered[j as usize / b]));
+            lists.indptr.push(lists.keys.len());
+            list.iter().for_each(|&x| covered[x as usize] = false);
+            table.blocks.extend(list.iter().rev());
+            table.indptr.push(table.blocks.len());
+        }
+        (HeadSelection { blocks: Some(table), keys: Some(lists) }, work)
+    }
+
+    fn a_shape(&self, p: &HeadProblem) -> HeadSelection {
+        let (tq, tk, b) = (p.q.rows, p.k.rows, self.block_size);
+        let local = size(self.local, tk, 1.0).max(1);
+        let lists = (0..tq)
+            .step_by(b)
+            .map(|r0| {
+                let end = p.visible((r0 + b).min(tq) - 1);
+                let near = (p.visible(r0).saturating_sub(local) / b) as u32;
+                let init = (self.init.min(tk).div_ceil(b) as u32).min(near);
+                (0..init).chain(near..end.div_ceil(b) as u32).collect()
+            })
+            .collect();
+        HeadSelection { blocks: Some(HeadTable::from_lists(b, b, lists)), keys: None }
+    }
+
+    fn block_sparse(&self, p: &HeadProblem) -> (HeadSelection, Work) {
+        let (tq, tk, d, off, b) = (p.q.rows, p.k.rows, p.q.cols, p.offset(), self.block_size);
+        let (nq, nk) = (tq.div_ceil(b), tk.div_ceil(b));
+        let n = size(self.blocks, nk, self.max_share).max(1);
+        let (q, k) = (mean_blocks(&p.q, b), mean_blocks(&p.k, b));
+        let mut work = Work { flops: ((tq + nq + tk + nk) * d) as u64, bytes: bytes(tq + tk, d), ..Work::default() };
+        let mut scores = vec![0f32; PANEL.min(nq) * nk];
+        let mut lists = Vec::with_capacity(nq);
+        for q0 in (0..nq).step_by(PANEL) {
+            let m = PANEL.min(nq - q0);
+            work.flops += abt(m, nk, d, 1.0, &q[q0 * d..], d, &k, d, &mut scores);
+            work.bytes += bytes(m + nk, d);
+            for (i, row) in scores[..m * nk].chunks_exact_mut(nk).enumerate() {
+                let (r0, r1) = ((q0 + i) * b, ((q0 + i + 1) * b).min(tq));
+                let (own, end) = ((off + r0) / b, (off + r1 - 1) / b + 1);
+                row[own..end].fill(f32::INFINITY);
+                lists.push(topk(&row[..end], n.max(end - own)));
+            }
+        }
+        (HeadSelection { blocks: Some(HeadTable::from_lists(b, b, lists)), keys: None }, work)
+    }
+
+    /// The parameters that differ from the defaults, as a plan writes them.
+    pub fn spec(&self) -> Spec {
+        let mut spec = Spec::new(CARD.id);
+        let all = |c: &MInference| serde_json::to_value(c).unwrap_or(Value::Null);
+        let (mine, default) = (all(self), all(&MInference::default()));
+        for (name, _) in Self::DOCS {
+            if mine[name] != default[name] {
+                spec.params.insert((*name).into(), mine[name].clone());
+            }
+        }
+        spec
+    }
+}
+
+/// Query blocks scored by one product.
+const PANEL: usize = 64;
+
+/// What [`search`] tries.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SearchOptions {
+    /// Cost that every candidate is scaled to, as a share of dense causal attention.
+    pub budget: f64,
+    /// Cost of a pair visited as a single key over that of a pair inside a block: how much dearer
+    /// gathering is on this machine's kernels.
+    pub gather_cost: f64,
+}
+
+impl Default for SearchOptions {
+    fn default() -> Self {
+        Self { budget: 0.3, gather_cost: 1.3 }
+    }
+}
+
+/// One candidate of [`search`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Candidate {
+    /// Parameters; sizes are shares, so that they carry over to other lengths.
+    pub config: MInference,
+    /// ‖O − O_exact‖ / ‖O_exact‖ over the head's whole output.
+    pub error: f64,
+    /// Estimated cost as a share of dense causal attention: tiles, gathers and the estimate.
+    pub cost: f64,
+}
+
+/// Result of [`search`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Found {
+    /// The candidate of least error.
+    pub best: Candidate,
+    /// All candidates, in order of error.
+    pub tried: Vec<Candidate>,
+}
+
+/// Cost of `config` on a head with values of `dv` elements, as a share of dense causal attention.
+///
+/// Kernel-aware as in the paper: what counts is not the pairs that a pattern names but the tiles
+/// that the kernel runs for them, the dearer gathered keys, and the estimate.
+pub fn cost(config: &MInference, p: &HeadProblem, dv: usize, gather_cost: f64) -> Result<f64> {
+    let (tq, tk) = (p.q.rows, p.k.rows);
+    let per_pair = (2 * (p.q.cols + dv)) as f64;
+    let (dense, _) = tile_pairs(&HeadSelection::dense(p), tq, tk);
+    let (selection, work) = config.select(p)?;
+    let (tiles, keys) = tile_pairs(&selection, tq, tk);
+    let flops = (tiles as f64 + keys as f64 * gather_cost) * per_pair + work.flops as f64;
+    Ok(flops / (dense as f64 * per_pair).max(1.0))
+}
+
+/// The offline pattern search for one head on a calibration prompt: of several patterns and
+/// ratios of sizes, each scaled to the same cost, the one whose output is nearest to exact
+/// attention. `v` is (Tk, Dv). The prompt should be of the length at which the plan will run, or
+/// near it; 2,048 tokens and more tell the patterns apart.
+pub fn search(p: &HeadProblem, v: &Mat, options: &SearchOptions) -> Result<Found> {
+    let (tq, tk) = (p.q.rows, p.k.rows);
+    if v.rows != tk || tq == 0 {
+        return Err(Error::Shape {
+            op: "minference search",
+            tensor: "v",
+            shape: vec![v.rows, v.cols],
+            expected: format!("({tk}, head_dim) as k, and at least one query"),
+        });
+    }
+    let tensor = |m: &Mat| -> Result<Tensor> {
+        Ok(Tensor::from_vec(super::estimate::packed(m, m.rows).into_owned(), (1, 1, m.rows, m.cols), &Device::Cpu)?)
+    };
+    let (q, k, vals) = (tensor(&p.q)?, tensor(&p.k)?, tensor(v)?);
+    let o = AttendOptions { scale: Some(p.scale), ..AttendOptions::causal() };
+    let rows = |t: &Tensor| -> Result<Vec<f32>> { Ok(t.flatten_all()?.to_vec1()?) };
+    let exact = rows(&attend(&q, &k, &vals, &o, None)?.out)?;
+    let norm: f64 = exact.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+
+    let base = MInference { max_share: 1.0, ..MInference::default() };
+    // Ratios of columns to diagonals, from the authors' search space, as directions in which
+    // both sizes grow together.
+    let ratios = [(30.0, 800.0), (100.0, 750.0), (500.0, 700.0), (1000.0, 6096.0), (3500.0, 100.0)];
+    let mut tried = Vec::new();
+    let mut consider = |at: &dyn Fn(f64) -> MInference| -> Result<()> {
+        // Largest x in [0, 1] within the budget; x is the largest of the shares.
+        let (mut lo, mut hi) = (0.0, 0.999);
+        for _ in 0..10 {
+            let mid = (lo + hi) / 2.0;
+            if cost(&at(mid), p, v.cols, options.gather_cost)? <= options.budget { lo = mid } else { hi = mid }
+        }
+        let config = at(lo);
+        if tried.iter().any(|c: &Candidate| c.config == config) {
+            return Ok(());
+        }
+        let cost = cost(&config, p, v.cols, options.gather_cost)?;
+        let (selection, _) = config.select(p)?;
+        let out = rows(&attend_selected(&q, &k, &vals, &o, vec![selection])?.out)?;
+        let off: f64 = out.iter().zip(&exact).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt();
+        tried.push(Candidate { config, error: if norm > 0.0 { off / norm } else { off }, cost });
+        Ok(())
+    };
+    // Four digits: what a plan shows is what it runs.
+    let share = |x: f64| (x * 1e4).floor() / 1e4;
+    for (v0, s0) in ratios {
+        let top: f64 = f64::max(v0, s0);
+        consider(&|x| MInference {
+            vertical_size: share(x * v0 / top),
+            slash_size: share(x * s0 / top),
+            ..base.clone()
+        })?;
+    }
+    let init = base.init.min(tk / 4);
+    consider(&|x| MInference { pattern: Pattern::AShape, init, local: share(x), ..base.clone() })?;
+    consider(&|x| MInference { pattern: Pattern::BlockSparse, blocks: share(x), ..base.clone() })?;
+    // A candidate whose smallest form is over the budget does not compete with those within it.
+    let over = |c: &Candidate| c.cost > options.budget * 1.05;
+    tried.sort_by(|a, b| over(a).cmp(&over(b)).then(a.error.total_cmp(&b.error)));
+    let best = tried[0].clone();
+    Ok(Found { best, tried })
+}
+
+/// Card.
+pub const CARD: Card = Card {
+    id: "minference",
+    title: "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention",
+    authors: "Jiang et al., 2024",
+    arxiv: "2407.02490",
+    family: Family::Sparse,
+    slots: &[Slot::Prefill],
+    laws: &[
+        Law::CausalMask,
+        Law::ExactAt(&[("vertical_size", "1000000000"), ("max_share", "1")]),
+        Law::Work { pairs: Growth::Quadratic, flops: Growth::Quadratic },
+        Law::Monotone { param: "slash_size", values: &["0.02", "0.05", "0.1", "0.3", "0.9"] },
+    ],
+    equation: "vertical-slash: P = causal softmax of scale·Q_last·K^T;  vertical(j) = sum_i P(i,j);  \
+               slash(d) = sum_i P(i,i-d)\n\
+               visit the largest columns and every block that a largest diagonal crosses\n\
+               a-shape: first `init` and last `local` keys;  block-sparse: top blocks by mean(q)·mean(k)",
+    cost: "estimates 2·last_q·T·D, 0, T²·D/block_size²; attention by the sizes; O(last_q·T) extra memory at most",
+    choices: &[
+        "The paper's sizes (1000 columns, 6096 diagonals, 100 blocks of 64) are meant for 128k tokens, of which 6096 \
+         and 6400 are 5 %; at 2k to 8k they would be all of the prompt. Counts are therefore capped at max_share = \
+         0.05 of the keys, the paper's own share; max_share=1 gives the absolute sizes.",
+        "Sizes below 1 are shares of the keys, so that a plan found at one length serves another.",
+        "The kernel of the authors starts its slash blocks anywhere; here a diagonal takes the aligned blocks that it \
+         crosses, up to two where theirs takes one.",
+        "The first 30 columns and the nearest 100 diagonals are forced as in the authors' inference kernel (their \
+         search forces 30 diagonals); the sizes count them and are never below them.",
+        "a-shape rounds its window outwards to blocks. block-sparse always takes the diagonal block, and a short last \
+         block is averaged over the rows it has.",
+        "The authors' search scores by recall (v1) or by the number of outputs off by 0.005 (v2) and stores \
+         block-sparse and a-shape heads as vertical-slash; here the score is the relative output error, and the \
+         pattern found is the pattern used.",
+    ],
+    params: params_of::<MInference>,
+    build,
+};
+
+fn build(params: &Params) -> Result<System> {
+    Ok(System::Selector(Box::new(configure::<MInference>(CARD.id, params)?)))
+}

@@ -1,0 +1,324 @@
+//! Promises of the sparse prefill systems, on problems of awkward shapes.
+
+use candle_core::{Device, Tensor};
+use foveal::prim::{AttendOptions, attend, attend_selected};
+use foveal::sparse::mask::{dense_mask, density, is_disjoint};
+use foveal::sparse::{HeadProblem, HeadSelection, Mat, minference};
+use foveal::{Slot, Spec, System, Work, registry};
+
+/// Rows (n, d) with a sink, a few loud keys and slow drift; the same for every prefix.
+fn rows(n: usize, d: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut noise = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    let mut out = Vec::with_capacity(n * d);
+    for i in 0..n {
+        let loud = if i < 3 || i % 97 == 41 { 2.0 } else { 0.0 };
+        for c in 0..d {
+            out.push(1.5 * noise() + loud + 0.7 * ((i / 19 + 3 * c) as f32).sin());
+        }
+    }
+    out
+}
+
+struct Case {
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    tq: usize,
+    tk: usize,
+    d: usize,
+}
+
+impl Case {
+    fn new(tq: usize, tk: usize, d: usize) -> Self {
+        Self { q: rows(tq, d, 7), k: rows(tk, d, 8), v: rows(tk, d, 9), tq, tk, d }
+    }
+    fn problem(&self) -> HeadProblem<'_> {
+        let (q, k) = (Mat::new(&self.q, self.tq, self.d, self.d), Mat::new(&self.k, self.tk, self.d, self.d));
+        HeadProblem { q, k, scale: 1.0 / (self.d as f32).sqrt(), layer: 0, head: 0 }
+    }
+    fn select(&self, spec: &str) -> (HeadSelection, Work) {
+        let spec: Spec = spec.parse().expect("a spec");
+        match registry::build(&spec, Slot::Prefill) {
+            Ok(System::Selector(s)) => s.select(&self.problem()).expect("a selection"),
+            Ok(_) => panic!("{spec} is no selector"),
+            Err(e) => panic!("{spec}: {e}"),
+        }
+    }
+    fn tensors(&self) -> (Tensor, Tensor, Tensor) {
+        let t = |x: &[f32], n| Tensor::from_slice(x, (1, 1, n, self.d), &Device::Cpu).expect("a tensor");
+        (t(&self.q, self.tq), t(&self.k, self.tk), t(&self.v, self.tk))
+    }
+    fn output(&self, selection: Option<HeadSelection>) -> Vec<f32> {
+        let (q, k, v) = self.tensors();
+        let o = AttendOptions::causal();
+        let a = match selection {
+            Some(s) => attend_selected(&q, &k, &v, &o, vec![s]),
+            None => attend(&q, &k, &v, &o, None),
+        };
+        a.and_then(|a| Ok(a.out.flatten_all()?.to_vec1()?)).expect("attention")
+    }
+}
+
+/// Every system at sizes small enough to leave something out of a few hundred keys.
+const SMALL: [&str; 8] = [
+    "minference:max_share=0.2,sinks=3,recent=9,last_q=20,block_size=16",
+    "minference:pattern=a-shape,init=9,local=30,block_size=16",
+    "minference:pattern=block-sparse,max_share=0.2,block_size=16",
+    "xattention:block_size=32,threshold=0.7",
+    "hip-attention:k=32,block_size_q=16,window=20,sinks=5",
+    "moba:block_size=32,topk=2",
+    "anchorattention:block_size=16,step=3,theta=1",
+    "anchorattention:block_size=16,step=1,theta=1,init_blocks=0",
+];
+
+const SHAPES: [(usize, usize); 10] =
+    [(1, 1), (5, 5), (63, 63), (64, 64), (129, 129), (300, 300), (1, 300), (37, 300), (64, 192), (130, 257)];
+
+#[test]
+fn selections_fit_the_problem_see_their_own_key_and_are_disjoint() {
+    for (tq, tk) in SHAPES {
+        let case = Case::new(tq, tk, 12);
+        for spec in SMALL.iter().chain(&["minference", "xattention", "hip-attention", "moba", "anchorattention"]) {
+            let (s, work) = case.select(spec);
+            if let Some(t) = &s.blocks {
+                t.check(tq, tk).unwrap_or_else(|e| panic!("{spec} ({tq}, {tk}): {e}"));
+            }
+            if let Some(k) = &s.keys {
+                k.check(tq, tk).unwrap_or_else(|e| panic!("{spec} ({tq}, {tk}): {e}"));
+            }
+            assert!(is_disjoint(&s, tq, tk), "{spec} ({tq}, {tk})");
+            assert_eq!((work.pairs, work.tiles), (0, 0), "{spec}: an estimate is not attention");
+            let mask = dense_mask(&s, tq, tk);
+            for i in 0..tq {
+                assert_eq!(mask[i * tk + tk - tq + i], 1, "{spec} ({tq}, {tk}): query {i} misses its own key");
+            }
+            assert_eq!(case.select(spec), (s, work), "{spec}: not repeatable");
+        }
+    }
+}
+
+#[test]
+fn small_settings_leave_something_out() {
+    let case = Case::new(300, 300, 12);
+    for spec in SMALL {
+        let share = density(&case.select(spec).0, 300, 300);
+        assert!((0.05..0.9).contains(&share), "{spec}: density {share}");
+    }
+}
+
+#[test]
+fn full_budgets_are_exact() {
+    let full = [
+        "minference:vertical_size=1000000000,max_share=1",
+        "minference:slash_size=0.9999999,block_size=16",
+        "minference:pattern=dense",
+        "minference:pattern=a-shape,local=1000000",
+        "minference:pattern=block-sparse,blocks=1000000,max_share=1",
+        "xattention:threshold=1",
+        "hip-attention:k=1000000",
+        "hip-attention:dense_layers=1",
+        "moba:topk=1000000",
+        "anchorattention:theta=1000000",
+        "anchorattention:theta=1000000,block_size=16,step=2",
+    ];
+    for (tq, tk) in SHAPES {
+        let case = Case::new(tq, tk, 12);
+        let exact = case.output(None);
+        for spec in full {
+            let (s, _) = case.select(spec);
+            assert_eq!(density(&s, tq, tk), 1.0, "{spec} ({tq}, {tk})");
+            for (a, b) in case.output(Some(s)).iter().zip(&exact) {
+                assert!((a - b).abs() < 1e-5, "{spec} ({tq}, {tk}): {a} for {b}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_prefix_selects_the_prefix() {
+    // (system, unit of queries in which it is causal)
+    let units = [
+        ("xattention:block_size=32,threshold=0.7", 32),
+        ("hip-attention:k=32,block_size_q=16,window=20,sinks=5", 16),
+        ("moba:block_size=32,topk=2", 1),
+        ("moba:block_size=32,topk=3,block_q=64", 1),
+        ("anchorattention:block_size=16,step=3,theta=1", 48),
+    ];
+    let whole = Case::new(300, 300, 12);
+    for (spec, unit) in units {
+        let mask = dense_mask(&whole.select(spec).0, 300, 300);
+        for cut in [1, 31, 64, 77, 160, 299].map(|n: usize| n.next_multiple_of(unit)).into_iter().filter(|&n| n < 300) {
+            let part = Case::new(cut, cut, 12);
+            let got = dense_mask(&part.select(spec).0, cut, cut);
+            for i in 0..cut {
+                assert_eq!(got[i * cut..(i + 1) * cut], mask[i * 300..i * 300 + cut], "{spec} cut at {cut}, query {i}");
+            }
+        }
+    }
+}
+
+#[test]
+fn chunks_aligned_to_the_blocks_select_as_the_whole() {
+    let systems = [
+        ("xattention:block_size=32,threshold=0.7", 32),
+        ("hip-attention:k=32,block_size_q=16,window=20,sinks=5", 16),
+        ("moba:block_size=32,topk=2", 1),
+        ("anchorattention:block_size=16,step=3,theta=1", 48),
+    ];
+    let n = 300;
+    let whole = Case::new(n, n, 12);
+    for (spec, unit) in systems {
+        let mask = dense_mask(&whole.select(spec).0, n, n);
+        let at = 100usize.next_multiple_of(unit);
+        let chunk = Case { q: whole.q[at * 12..].to_vec(), tq: n - at, ..Case::new(n, n, 12) };
+        assert_eq!(dense_mask(&chunk.select(spec).0, n - at, n), mask[at * n..], "{spec} from query {at}");
+    }
+}
+
+#[test]
+fn strided_rows_select_as_contiguous_ones() {
+    let (n, d, stride) = (200, 12, 40);
+    let case = Case::new(n, n, d);
+    let spread = |x: &[f32]| {
+        let mut out = vec![f32::NAN; n * stride];
+        for i in 0..n {
+            out[i * stride..i * stride + d].copy_from_slice(&x[i * d..(i + 1) * d]);
+        }
+        out
+    };
+    let (q, k) = (spread(&case.q), spread(&case.k));
+    for spec in SMALL {
+        let Ok(System::Selector(s)) = registry::build(&spec.parse().expect("a spec"), Slot::Prefill) else {
+            panic!("{spec} is no selector")
+        };
+        let (q, k) = (Mat::new(&q, n, d, stride), Mat::new(&k, n, d, stride));
+        assert_eq!(
+            s.select(&HeadProblem { q, k, ..case.problem() }).expect("a selection"),
+            case.select(spec),
+            "{spec}"
+        );
+    }
+}
+
+#[test]
+fn block_q_of_moba_changes_no_result() {
+    let case = Case::new(300, 300, 12);
+    let masks: Vec<Vec<u8>> = [1, 7, 16, 64]
+        .map(|b| dense_mask(&case.select(&format!("moba:block_size=32,topk=3,block_q={b}")).0, 300, 300))
+        .into();
+    assert!(masks.windows(2).all(|w| w[0] == w[1]));
+}
+
+#[test]
+fn work_of_the_estimates_is_what_their_formulas_say() {
+    let (n, d) = (512usize, 16usize);
+    let case = Case::new(n, n, d);
+    let flops = |spec: &str| case.select(spec).1.flops as usize;
+    // xattention: for the block of queries that ends at e, (block/S) × (e/S) products over S·D,
+    // and four flops for each causal tile: difference, exponential and two sums.
+    let (b, s) = (128, 8);
+    let products: usize = (1..=n / b).map(|i| 2 * (b / s) * (i * b / s) * (s * d)).sum();
+    let tiles = (n / s) * (n / s + 1) / 2;
+    assert_eq!(flops("xattention"), products + 4 * tiles);
+    // moba: sums and scaling of the past blocks' means, then the gate of every query that has
+    // more past blocks than it may choose, in products of 128 queries.
+    let past = (n - 1) / 64;
+    let gate: usize = (128..n).step_by(128).map(|r| 2 * 128 * ((r + 127) / 64) * d).sum();
+    assert_eq!(flops("moba:block_size=64,topk=2"), past * 65 * d + gate);
+    // minference a-shape and dense estimate nothing.
+    assert_eq!(flops("minference:pattern=a-shape"), 0);
+    // hip-attention: without a past longer than k there is no search.
+    assert_eq!(flops("hip-attention"), 0);
+}
+
+#[test]
+fn linear_claims_hold_on_counters() {
+    let d = 8;
+    let pairs = |spec: &str, n: usize| {
+        let case = Case::new(n, n, d);
+        let (s, w) = case.select(spec);
+        (foveal::sparse::mask::pairs(&s, n, n) as f64, w.flops as f64)
+    };
+    for spec in ["hip-attention:k=32,window=32,sinks=4", "moba:block_size=32,topk=3"] {
+        let (a, b) = (pairs(spec, 2048), pairs(spec, 4096));
+        assert!(b.0 / a.0 < 2.1, "{spec}: pairs grow {}", b.0 / a.0);
+    }
+    let (a, b) =
+        (pairs("hip-attention:k=32,window=32,sinks=4", 2048), pairs("hip-attention:k=32,window=32,sinks=4", 4096));
+    // T log(T/k) grows by 2 · 7/6.
+    assert!(b.1 / a.1 < 2.5, "search grows {}", b.1 / a.1);
+}
+
+#[test]
+fn parameters_are_checked() {
+    for bad in [
+        "xattention:block_size=100",
+        "xattention:threshold=1.5",
+        "hip-attention:k=7",
+        "hip-attention:block_stride_q=0",
+        "moba:block_q=65",
+        "moba:topk=0",
+        "anchorattention:step=0",
+        "minference:pattern=diagonal",
+        "minference:max_share=2",
+        "minference:slash_size=-1",
+    ] {
+        let spec: Spec = bad.parse().expect("a spec");
+        let name = bad.split([':', '=']).nth(1).expect("a name");
+        match registry::build(&spec, Slot::Prefill) {
+            Ok(_) => panic!("{bad} was taken"),
+            Err(e) => assert!(e.to_string().contains(name), "{bad}: {e}"),
+        }
+    }
+}
+
+#[test]
+fn search_keeps_the_budget_and_returns_the_nearest_candidate() {
+    // A head whose queries look at the first keys and at what is near: a-shape by construction.
+    let (n, d) = (1024, 16);
+    let mut case = Case::new(n, n, d);
+    for i in 0..n {
+        let row = |x: &mut Vec<f32>, at: usize, f: &dyn Fn(usize) -> f32| {
+            (0..d).for_each(|c| x[at * d + c] = f(c));
+        };
+        // Position on a circle that turns once in 2048 tokens: near keys score high.
+        let angle = i as f32 * std::f32::consts::TAU / 2048.0;
+        let place = move |c: usize| {
+            if c == 0 {
+                9.0 * angle.cos()
+            } else if c == 1 {
+                9.0 * angle.sin()
+            } else {
+                0.0
+            }
+        };
+        row(&mut case.q, i, &move |c| place(c) + if c == 2 { 6.0 } else { 0.0 });
+        row(&mut case.k, i, &move |c| place(c) + if c == 2 && i < 8 { 13.0 } else { 0.0 });
+    }
+    let v = Mat::new(&case.v, n, d, d);
+    let options = minference::SearchOptions { budget: 0.4, ..Default::default() };
+    let found = minference::search(&case.problem(), &v, &options).expect("a search");
+    assert!(found.tried.len() >= 3);
+    assert!(found.tried.iter().any(|c| c.config.pattern == minference::Pattern::BlockSparse));
+    assert!(found.tried.iter().all(|c| c.error.is_finite() && c.cost > 0.0));
+    let within = found.tried.iter().filter(|c| c.cost <= 0.42);
+    assert!(within.clone().all(|c| c.error >= found.best.error), "{found:?}");
+    assert!(found.best.cost <= 0.42, "{found:?}");
+    // The plan's spelling builds the same system.
+    let spec = found.best.config.spec().to_string();
+    let (a, _) = case.select(&spec);
+    let b = foveal::sparse::Selector::select(&found.best.config, &case.problem()).expect("a selection").0;
+    assert_eq!(a, b, "{spec}");
+    let error = {
+        let (got, exact) = (case.output(Some(a)), case.output(None));
+        let norm = |f: &dyn Fn(usize) -> f32| (0..got.len()).map(|i| f64::from(f(i)).powi(2)).sum::<f64>().sqrt();
+        norm(&|i| got[i] - exact[i]) / norm(&|i| exact[i])
+    };
+    assert!((error - found.best.error).abs() < 1e-4, "{error} for {}", found.best.error);
+}
