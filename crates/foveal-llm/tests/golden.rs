@@ -124,7 +124,7 @@ fn distance(a: &[f32], b: &[f32]) -> f32 {
 }
 
 fn load(ck: &Checkpoint, weights: WeightFormat) -> Model {
-    Model::load(ck, &LoadOptions { weights, ..Default::default() }).unwrap()
+    Model::load(ck, &LoadOptions { weights }).unwrap()
 }
 
 fn f32_plan() -> Plan {

@@ -145,6 +145,9 @@ fn on_store(role: Role) -> bool {
     role != Role::Prefill
 }
 
+/// One system's line: its number, points (tokens, seconds) and fitted curve.
+type Series = (usize, Vec<(f64, f64)>, Option<Curve>);
+
 /// Time against length, log-log, fits dashed beyond the last length, crossovers marked.
 pub(super) fn times(r: &Results, prompt: bool) -> String {
     let point = |row: &Row| {
@@ -155,7 +158,7 @@ pub(super) fn times(r: &Results, prompt: bool) -> String {
         }
     };
     let fit = if prompt { prefill_curve } else { decode_curve };
-    let series: Vec<(usize, Vec<(f64, f64)>, Option<Curve>)> = r
+    let series: Vec<Series> = r
         .systems
         .iter()
         .enumerate()
