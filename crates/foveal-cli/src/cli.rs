@@ -1,9 +1,11 @@
 //! The command line, as clap sees it. Its doc comments are the help texts and `docs/cli.md`.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use foveal::prim::kv::KvDtype;
 use foveal::registry::State;
-use foveal::{Family, Slot};
+use foveal::{Family, Slot, Spec};
 use foveal_kernels::Isa;
+use foveal_kernels::linear::WeightFormat;
 use std::path::PathBuf;
 
 /// Which attention should this model use, at this length, on this machine, and what does it cost in quality?
@@ -38,12 +40,285 @@ pub struct Global {
 
 #[derive(Subcommand)]
 pub enum Command {
+    Pull(PullArgs),
+    Compare(CompareArgs),
+    Run(RunArgs),
+    Eval(EvalArgs),
+    Plan(PlanArgs),
+    #[command(subcommand)]
+    Bench(BenchCommand),
     List(ListArgs),
     Show(ShowArgs),
     Doctor(DoctorArgs),
     Apply(ApplyArgs),
     #[command(hide = true)]
     Docs(DocsArgs),
+}
+
+/// The model that is run when none is named.
+pub const DEFAULT_MODEL: &str = "smollm2-135m-instruct";
+
+/// How a model is found and held.
+#[derive(Args)]
+pub struct LoadArgs {
+    /// Never fetch anything; what is not in the cache folder is an error
+    #[arg(long)]
+    pub offline: bool,
+    /// Storage of the weights in memory: f32, bf16 or int8
+    #[arg(long, value_name = "FORMAT", default_value = "bf16", value_parser = weights)]
+    pub weights: WeightFormat,
+}
+
+/// What serves the prompt and the store.
+#[derive(Args)]
+pub struct ChoiceArgs {
+    /// Plan file (TOML), as `foveal plan` writes it
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prefill", "cache", "kv_dtype"])]
+    pub plan: Option<PathBuf>,
+    /// Prefill system, for example xattention:threshold=0.9 [default: exact]
+    #[arg(long, value_name = "SYSTEM", value_parser = spec)]
+    pub prefill: Option<Spec>,
+    /// Cache policy, for example think:ratio=0.5 [default: everything kept]
+    #[arg(long, value_name = "SYSTEM", value_parser = spec)]
+    pub cache: Option<Spec>,
+    /// Storage of keys and values: f32, bf16 or int8 [default: bf16]
+    #[arg(long, value_name = "TYPE", value_parser = kv_dtype)]
+    pub kv_dtype: Option<KvDtype>,
+}
+
+/// Fetch a model or text by name into the cache folder
+///
+/// Uses Python's pip, checks the SHA-256 of what it fetched, and keeps it in FOVEAL_CACHE, else
+/// XDG_CACHE_HOME/foveal, else the user's cache folder. Without a name, fetches the default model and
+/// the default text, which is all that `foveal compare` needs.
+#[derive(Args)]
+pub struct PullArgs {
+    /// smollm2-135m-instruct (model) or kjv (text) [default: both]
+    pub name: Option<String>,
+}
+
+/// Compare attention systems on a real model: time, memory, quality, and a verdict for each
+///
+/// Runs the model densely and under each system at each length, prints one table per length and a
+/// verdict per system, and writes PREFIX.html, PREFIX.json and PREFIX.csv. Without --prefill and
+/// --cache it compares the default systems, one change at a time; with them, every prefill system
+/// with every cache policy.
+#[derive(Args)]
+pub struct CompareArgs {
+    /// Known name, GGUF file, or folder with config.json and *.safetensors
+    #[arg(default_value = DEFAULT_MODEL)]
+    pub model: String,
+    #[command(flatten)]
+    pub load: LoadArgs,
+    /// Prefill systems, separated by commas; a part name=value belongs to the system before it
+    #[arg(long, value_name = "LIST", value_parser = specs)]
+    pub prefill: Vec<Specs>,
+    /// Cache policies, separated by commas
+    #[arg(long, value_name = "LIST", value_parser = specs)]
+    pub cache: Vec<Specs>,
+    /// A plan file to compare as well; may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub plan: Vec<PathBuf>,
+    /// Prompt lengths in tokens
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "512,2048,8192")]
+    pub lengths: Vec<usize>,
+    /// Text to read, UTF-8 [default: the King James Bible, fetched once]
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+    /// Storage of keys and values: f32, bf16 or int8
+    #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = kv_dtype)]
+    pub kv_dtype: KvDtype,
+    /// Prefix of the report files
+    #[arg(long, value_name = "PREFIX", default_value = "foveal-report")]
+    pub out: PathBuf,
+    /// Passkeys hidden per length, at most 20; 0 leaves them out
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = trials)]
+    pub trials: usize,
+    /// Leave perplexity out
+    #[arg(long)]
+    pub no_ppl: bool,
+    /// Leave the pictures of what was looked at out
+    #[arg(long)]
+    pub no_maps: bool,
+    /// Decode steps timed per system and length
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub decode_steps: usize,
+    /// Seed of the passkeys
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Print the whole report as JSON instead of tables
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Generate text, streaming, under any plan
+///
+/// The prompt is the second argument, the contents of --prompt-file, or standard input. A single
+/// argument with a space in it that names no file is taken as the prompt of the default model.
+/// The text goes to standard output, one line of times and bytes to standard error.
+#[derive(Args)]
+pub struct RunArgs {
+    /// Known name, GGUF file, or folder with config.json and *.safetensors [default: smollm2-135m-instruct]
+    pub model: Option<String>,
+    /// The prompt
+    pub prompt: Option<String>,
+    /// Read the prompt from a UTF-8 file; - is standard input
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub prompt_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub load: LoadArgs,
+    #[command(flatten)]
+    pub choice: ChoiceArgs,
+    /// Continue the prompt as raw text instead of answering it through the chat template
+    #[arg(long, conflicts_with = "system")]
+    pub no_chat: bool,
+    /// System message of the chat
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Most tokens to generate
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub max_tokens: usize,
+    /// Randomness of the choice; 0 always takes the likeliest token
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Choose among the likeliest tokens that hold this share of the probability
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Choose among this many likeliest tokens; 0 is all
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub top_k: usize,
+    /// Drop tokens less likely than this share of the likeliest one
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub min_p: f32,
+    /// Factor against repeating tokens; 1 is none
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub repetition_penalty: f32,
+    /// Seed of the choice
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// End the answer before this text; may be repeated
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Text for policies that need statistics of the model [default: the King James Bible, fetched once]
+    #[arg(long, value_name = "FILE")]
+    pub calibration_text: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+pub enum Task {
+    /// Perplexity of the last quarter of the text given the rest
+    Ppl,
+    /// Passkeys hidden in the text at several depths
+    Needle,
+}
+
+/// Measure one plan on one task
+#[derive(Args)]
+pub struct EvalArgs {
+    /// What to measure
+    pub task: Task,
+    /// Known name, GGUF file, or folder with config.json and *.safetensors
+    #[arg(default_value = DEFAULT_MODEL)]
+    pub model: String,
+    #[command(flatten)]
+    pub load: LoadArgs,
+    #[command(flatten)]
+    pub choice: ChoiceArgs,
+    /// Length in tokens
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    pub length: usize,
+    /// Text to read, UTF-8 [default: the King James Bible, fetched once]
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+    /// Passkeys, at most 20 (needle)
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = trials)]
+    pub trials: usize,
+    /// Seed of the passkeys (needle)
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Machine-readable output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Search a plan: which pattern each head should use
+///
+/// For minference: runs the model densely on a calibration text and gives each head the pattern
+/// (vertical-slash, A-shape or block-sparse) whose output is nearest to exact attention at a fixed
+/// cost. The sizes are shares of the prompt, so that the plan serves other lengths too.
+#[derive(Args)]
+pub struct PlanArgs {
+    /// Known name, GGUF file, or folder with config.json and *.safetensors
+    #[arg(default_value = DEFAULT_MODEL)]
+    pub model: String,
+    #[command(flatten)]
+    pub load: LoadArgs,
+    /// System to search for
+    #[arg(long, value_name = "SYSTEM", default_value = "minference", value_parser = ["minference"])]
+    pub system: String,
+    /// Plan file to write [default: standard output]
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Calibration length in tokens; near the length at which the plan will run is best
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    pub length: usize,
+    /// Cost that each head may have, as a share of dense attention
+    #[arg(long, value_name = "X", default_value_t = 0.3)]
+    pub budget: f64,
+    /// Calibration text, UTF-8 [default: the King James Bible, fetched once]
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+}
+
+/// Measure this machine
+#[derive(Subcommand)]
+pub enum BenchCommand {
+    Ops(BenchOpsArgs),
+}
+
+/// Time every primitive over a sweep of shapes
+///
+/// Each row is the median and the fastest of repeated calls after one warm-up; rates come from the
+/// work that the calls themselves count.
+#[derive(Args)]
+pub struct BenchOpsArgs {
+    /// Only operations whose name contains this
+    #[arg(long, value_name = "TEXT")]
+    pub filter: Option<String>,
+    /// Token counts
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "512,2048")]
+    pub tokens: Vec<usize>,
+    /// Query heads
+    #[arg(long, value_name = "N", default_value_t = 9)]
+    pub heads: usize,
+    /// Key/value heads
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub kv_heads: usize,
+    /// Width of a head
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub head_dim: usize,
+    /// Every instruction set of this machine instead of the one in force
+    #[arg(long)]
+    pub all_isas: bool,
+    /// Repeat each call for about this many seconds
+    #[arg(long, value_name = "X", default_value_t = 0.3)]
+    pub seconds: f64,
+    /// Seed of the operands
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// How to print
+    #[arg(long, value_name = "FORMAT", default_value = "markdown")]
+    pub format: Format,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Format {
+    /// A table for people
+    Markdown,
+    /// Comma-separated values
+    Csv,
+    /// One JSON array
+    Json,
 }
 
 /// List all catalogued systems with family, slots and state
@@ -166,6 +441,49 @@ fn threads(s: &str) -> Result<usize, String> {
     }
 }
 
+fn weights(s: &str) -> Result<WeightFormat, String> {
+    foveal_llm::model::parse_weights(s)
+}
+
+fn kv_dtype(s: &str) -> Result<KvDtype, String> {
+    s.parse()
+}
+
+fn spec(s: &str) -> Result<Spec, String> {
+    s.parse::<Spec>().map_err(|e| e.to_string())
+}
+
+fn trials(s: &str) -> Result<usize, String> {
+    match s.parse::<usize>() {
+        Ok(n) if n <= 20 => Ok(n),
+        _ => Err("give a number from 0 to 20".into()),
+    }
+}
+
+/// Systems of one list.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Specs(pub Vec<Spec>);
+
+/// `a,b:x=1,y=2,c` is a, b with two parameters, and c: a part with `=` before any `:` continues the
+/// system before it.
+fn specs(s: &str) -> Result<Specs, String> {
+    let mut texts: Vec<String> = Vec::new();
+    for part in s.split(',').map(str::trim).filter(|p| !p.is_empty()) {
+        let head = part.split(':').next().unwrap_or(part);
+        match texts.last_mut() {
+            Some(last) if head.contains('=') => {
+                last.push(if last.contains(':') { ',' } else { ':' });
+                last.push_str(part);
+            }
+            _ => texts.push(part.into()),
+        }
+    }
+    if texts.is_empty() {
+        return Err("give at least one system; `foveal list --state done` shows them".into());
+    }
+    texts.iter().map(|t| spec(t)).collect::<Result<_, _>>().map(Specs)
+}
+
 fn isa(s: &str) -> Result<Isa, String> {
     s.parse().map_err(|_| "use portable, avx2, avx512 or amx".into())
 }
@@ -229,6 +547,16 @@ mod tests {
     #[test]
     fn the_tree_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn lists_of_systems() {
+        let names = |s: &str| specs(s).unwrap().0.iter().map(Spec::to_string).collect::<Vec<_>>();
+        assert_eq!(names("a,b:x=1,y=2,c"), ["a", "b:x=1,y=2", "c"]);
+        assert_eq!(names("a:x=1, a:x=2 ,"), ["a:x=1", "a:x=2"]);
+        assert_eq!(names("a,x=1"), ["a:x=1"]);
+        assert!(specs(" , ").is_err());
+        assert!(specs("a:x").unwrap_err().contains("name=value"));
     }
 
     #[test]

@@ -12,6 +12,12 @@ pub enum CliError {
     /// The library refused.
     #[error(transparent)]
     Foveal(#[from] foveal::Error),
+    /// The engine or a checkpoint refused.
+    #[error(transparent)]
+    Llm(#[from] foveal_llm::LlmError),
+    /// A comparison or a task refused.
+    #[error(transparent)]
+    Lab(#[from] foveal_lab::LabError),
     /// A file operation failed.
     #[error("{}: cannot {action}: {source}{}", path.display(), remedy(source))]
     File {

@@ -5,10 +5,12 @@ mod commands;
 mod error;
 mod files;
 mod machine;
+mod models;
+mod progress;
 mod table;
 
 use clap::Parser;
-use cli::{Cli, Command};
+use cli::{BenchCommand, Cli, Command};
 use error::{CliError, Result};
 use foveal_kernels::Isa;
 use std::io::Write;
@@ -30,6 +32,13 @@ pub struct Context {
 }
 
 impl Context {
+    /// A remark for people, on standard error.
+    pub fn remark(&self, text: &str) {
+        if !self.quiet {
+            eprintln!("{text}");
+        }
+    }
+
     /// Whether Ctrl-C was pressed.
     pub fn cancelled(&self) -> bool {
         self.cancel.load(Ordering::Relaxed)
@@ -61,6 +70,12 @@ fn main() -> ExitCode {
 
 fn run(command: &Command, ctx: &Context, out: &mut dyn Write) -> Result {
     match command {
+        Command::Pull(a) => commands::pull::run(a, ctx, out),
+        Command::Compare(a) => commands::compare::run(a, ctx, out),
+        Command::Run(a) => commands::run::run(a, ctx, out),
+        Command::Eval(a) => commands::eval::run(a, ctx, out),
+        Command::Plan(a) => commands::plan::run(a, ctx, out),
+        Command::Bench(BenchCommand::Ops(a)) => commands::bench::run(a, ctx, out),
         Command::List(a) => commands::list::run(a, out),
         Command::Show(a) => commands::show::run(a, out),
         Command::Doctor(a) => commands::doctor::run(a, ctx, out),
@@ -80,8 +95,10 @@ fn start(cli: &Cli, cancel: &Arc<AtomicBool>) -> Result<Context> {
         .build_global()
         .map_err(|e| CliError::Arguments(format!("cannot start {threads} threads: {e}; lower --threads")))?;
     let flag = cancel.clone();
+    // Benchmarks write no files and look at no flag.
+    let at_once = matches!(cli.command, Command::Bench(_));
     ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
+        if flag.swap(true, Ordering::Relaxed) || at_once {
             // Asked twice: stop here. Files are written under temporary names, so none is half done.
             std::process::exit(i32::from(INTERRUPTED));
         }

@@ -64,12 +64,11 @@ pub fn run(a: &ApplyArgs, out: &mut dyn Write) -> Result {
     }
     let tensors: Vec<(&str, Tensor)> =
         tensors.into_iter().map(|(n, t)| Ok((n, t.map_err(foveal::Error::from)?))).collect::<Result<_>>()?;
-    let note = HashMap::from([
-        ("system".to_string(), spec.to_string()),
-        ("causal".to_string(), a.causal.to_string()),
-        ("scale".to_string(), scale.to_string()),
-        ("foveal".to_string(), env!("CARGO_PKG_VERSION").to_string()),
-    ]);
+    // One key: the order of several would differ from run to run.
+    let about = json!({
+        "system": spec.to_string(), "causal": a.causal, "scale": scale, "version": env!("CARGO_PKG_VERSION"),
+    });
+    let note = HashMap::from([("foveal".to_string(), about.to_string())]);
     files::write_whole(&a.out, &serialise(&a.out, &tensors, note)?)?;
 
     let mut effective = serde_json::Map::new();

@@ -6,6 +6,7 @@ use crate::cli::DoctorArgs;
 use crate::error::Result;
 use crate::machine::{memory, physical_cores, size};
 use foveal_kernels::Isa;
+use foveal_llm::pull;
 use serde::Serialize;
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -97,6 +98,44 @@ fn findings(ctx: &Context) -> Vec<Finding> {
                 "fetching models and texts by name; local files and folders work",
             ));
         }
+    }
+    all.extend(cache_findings());
+    all
+}
+
+/// The cache folder and what is in it.
+fn cache_findings() -> Vec<Finding> {
+    let folder = match pull::cache_dir() {
+        Ok(f) => f,
+        Err(e) => {
+            return vec![Finding {
+                name: "cache folder",
+                ok: false,
+                value: e.to_string(),
+                disables: "fetching models and texts by name; local files and folders work",
+            }];
+        }
+    };
+    let there = folder.is_dir();
+    let mut all = vec![Finding {
+        name: "cache folder",
+        // Made by the first fetch: its absence disables nothing.
+        ok: true,
+        value: format!("{}{}", folder.display(), if there { "" } else { " (made by the first fetch)" }),
+        disables: "",
+    }];
+    for known in pull::MODELS.iter().chain([&pull::TEXT]) {
+        let bytes = std::fs::metadata(folder.join(known.file)).ok().filter(|m| m.is_file()).map(|m| m.len());
+        all.push(Finding {
+            name: known.name,
+            ok: bytes.is_some(),
+            value: bytes.map_or("not fetched".into(), |b| format!("{}, {}", known.about, size(b))),
+            disables: if bytes.is_some() {
+                ""
+            } else {
+                "nothing for long: it is fetched at first use, or now by `foveal pull`; with --offline it stays away"
+            },
+        });
     }
     all
 }

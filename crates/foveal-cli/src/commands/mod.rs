@@ -1,9 +1,15 @@
 //! One file a command.
 
 pub mod apply;
+pub mod bench;
+pub mod compare;
 pub mod docs;
 pub mod doctor;
+pub mod eval;
 pub mod list;
+pub mod plan;
+pub mod pull;
+pub mod run;
 pub mod show;
 
 use crate::error::Result;

@@ -1,0 +1,144 @@
+//! `foveal compare`.
+
+use crate::Context;
+use crate::cli::{CompareArgs, Specs};
+use crate::error::{CliError, Result};
+use crate::machine::size;
+use crate::models;
+use crate::progress::Progress;
+use foveal::Spec;
+use foveal_lab::compare::{CompareOptions, Comparison, plans};
+use foveal_lab::needle::NeedleOptions;
+use foveal_lab::report;
+use foveal_lab::results::Facts;
+use foveal_llm::Plan;
+use std::io::Write;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Tokens read beyond the longest length: the calibration text of policies that need one.
+const BEYOND: usize = 2048;
+
+pub fn run(a: &CompareArgs, ctx: &Context, out: &mut dyn Write) -> Result {
+    let longest = a.lengths.iter().copied().max().unwrap_or(0);
+    let flat = |lists: &[Specs]| -> Vec<Spec> { lists.iter().flat_map(|l| l.0.clone()).collect() };
+    let mut wanted = if a.prefill.is_empty() && a.cache.is_empty() && !a.plan.is_empty() {
+        // Only plan files: dense and those.
+        plans(&[Spec::new(foveal_llm::plan::DENSE)], &[], a.kv_dtype)
+    } else {
+        plans(&flat(&a.prefill), &flat(&a.cache), a.kv_dtype)
+    };
+    for file in &a.plan {
+        let mut plan = Plan::load(file)?;
+        if plan.name.is_empty() {
+            plan.name = file.file_stem().map_or_else(|| "plan".into(), |s| s.to_string_lossy().into_owned());
+        }
+        wanted.push(plan);
+    }
+    check_out(a)?;
+    let loaded = models::load(&a.model, &a.load, ctx)?;
+    for plan in &wanted {
+        // Before minutes are spent: a misspelt parameter is an answer at once.
+        plan.check(loaded.model.config())?;
+    }
+    let text = models::text(a.text.as_deref(), longest + BEYOND, a.load.offline, &loaded.tokenizer, ctx)?;
+    ctx.remark(&text.about);
+    let options = CompareOptions {
+        ppl: !a.no_ppl,
+        needles: (a.trials > 0).then_some(NeedleOptions { trials: a.trials, seed: a.seed }),
+        maps: !a.no_maps,
+        decode_steps: a.decode_steps,
+        ..CompareOptions::default()
+    };
+    let facts = Facts {
+        version: env!("CARGO_PKG_VERSION").into(),
+        date: today(),
+        threads: ctx.threads,
+        model: loaded.about.clone(),
+        text: text.about.clone(),
+        command: std::iter::once("foveal".into()).chain(std::env::args().skip(1)).collect::<Vec<String>>().join(" "),
+        ..Facts::default()
+    };
+    let comparison = Comparison {
+        model: &loaded.model,
+        tokenizer: &loaded.tokenizer,
+        text: &text.tokens,
+        calibration: &[],
+        lengths: a.lengths.clone(),
+        plans: wanted,
+        options,
+        facts,
+    };
+    let progress = Progress::new(ctx);
+    let results = comparison.run(&mut |p| progress.at(p.fraction, &p.what), Some(ctx.cancel.clone()))?;
+    drop(progress);
+    let written = report::write_all(&results, &a.out)?;
+    if a.json {
+        write!(out, "{}", report::json(&results)?)?;
+    } else {
+        writeln!(out, "{}\n\n{}", report::tables(&results).trim_end(), report::verdicts(&results).trim_end())?;
+        for note in &results.notes {
+            writeln!(out, "note: {note}")?;
+        }
+        let peak = results.peak_bytes.map(|b| format!(", peak memory {}", size(b))).unwrap_or_default();
+        writeln!(out, "\nmeasured in {:.0} s{peak}", results.seconds)?;
+    }
+    ctx.remark(&format!("wrote {}, {} and {}", written.html.display(), written.json.display(), written.csv.display()));
+    Ok(())
+}
+
+/// The report's folder must exist before minutes of measuring.
+fn check_out(a: &CompareArgs) -> Result {
+    let folder = a.out.parent().filter(|p| !p.as_os_str().is_empty());
+    match folder {
+        Some(f) if !f.is_dir() => Err(CliError::BadFile {
+            path: a.out.clone(),
+            problem: format!("the folder {} does not exist; create it first", f.display()),
+        }),
+        _ if a.out.file_name().is_none() => Err(CliError::BadFile {
+            path: a.out.clone(),
+            problem: "is no file prefix; give one such as out/report".into(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Today in UTC as year-month-day.
+fn today() -> String {
+    let days = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() / 86_400);
+    let (y, m, d) = date(days);
+    format!("{y:04}-{m:02}-{d:02}")
+}
+
+/// Civil date of a day counted from 1970-01-01.
+fn date(days: u64) -> (u64, u64, u64) {
+    let leap = |y: u64| (y.is_multiple_of(4) && !y.is_multiple_of(100)) || y.is_multiple_of(400);
+    let (mut year, mut left) = (1970, days);
+    while left >= 365 + u64::from(leap(year)) {
+        left -= 365 + u64::from(leap(year));
+        year += 1;
+    }
+    let february = 28 + u64::from(leap(year));
+    let mut month = 1;
+    for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31] {
+        if left < length {
+            break;
+        }
+        left -= length;
+        month += 1;
+    }
+    (year, month, left + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::date;
+
+    #[test]
+    fn dates() {
+        assert_eq!(date(0), (1970, 1, 1));
+        assert_eq!(date(59), (1970, 3, 1));
+        assert_eq!(date(19_782), (2024, 2, 29));
+        assert_eq!(date(20_088), (2024, 12, 31));
+        assert_eq!(date(20_089), (2025, 1, 1));
+    }
+}

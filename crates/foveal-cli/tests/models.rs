@@ -1,0 +1,312 @@
+//! Commands that load a model: bad files give one clear line, good tiny ones run end to end.
+
+mod common;
+
+use common::{fails, foveal, ok, run};
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::Path;
+use std::process::Stdio;
+
+/// A Llama of two layers with small fixed weights, one token a byte-like symbol: it says nothing
+/// sensible, but everything on the way to its words is real.
+fn tiny_model(folder: &Path) {
+    const VOCAB: usize = 259;
+    let (hidden, ffn, heads, kv, d, layers) = (32usize, 64usize, 4usize, 2usize, 16usize, 2usize);
+    std::fs::create_dir_all(folder).unwrap();
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": ffn,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": d,
+        "vocab_size": VOCAB, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096,
+        "tie_word_embeddings": true, "bos_token_id": 256, "eos_token_id": 257, "hidden_act": "silu",
+    });
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let mut tensors: Vec<(String, Vec<usize>)> =
+        vec![("model.embed_tokens.weight".into(), vec![VOCAB, hidden]), ("model.norm.weight".into(), vec![hidden])];
+    for l in 0..layers {
+        for (name, shape) in [
+            ("input_layernorm", vec![hidden]),
+            ("post_attention_layernorm", vec![hidden]),
+            ("self_attn.q_proj", vec![heads * d, hidden]),
+            ("self_attn.k_proj", vec![kv * d, hidden]),
+            ("self_attn.v_proj", vec![kv * d, hidden]),
+            ("self_attn.o_proj", vec![hidden, heads * d]),
+            ("mlp.gate_proj", vec![ffn, hidden]),
+            ("mlp.up_proj", vec![ffn, hidden]),
+            ("mlp.down_proj", vec![hidden, ffn]),
+        ] {
+            tensors.push((format!("model.layers.{l}.{name}.weight"), shape));
+        }
+    }
+    // A linear congruential generator: weights that no platform rounds differently.
+    let mut state = 12_345u32;
+    let data: Vec<Vec<u8>> = tensors
+        .iter()
+        .map(|(name, shape)| {
+            (0..shape.iter().product::<usize>())
+                .flat_map(|_| {
+                    state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    let x = (state >> 8) as f32 / (1u32 << 24) as f32 - 0.5;
+                    if name.contains("norm") { 1.0f32 + 0.1 * x } else { 0.5 * x }.to_le_bytes()
+                })
+                .collect()
+        })
+        .collect();
+    let views =
+        tensors.iter().zip(&data).map(|((n, s), d)| (n.clone(), TensorView::new(Dtype::F32, s.clone(), d).unwrap()));
+    std::fs::write(folder.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    std::fs::write(folder.join("tokenizer.json"), tokenizer(VOCAB).to_string()).unwrap();
+}
+
+/// Byte-level BPE without a merge: one token a byte.
+fn tokenizer(vocab: usize) -> Value {
+    // The byte-to-character table of byte-level BPE: printable bytes are themselves, the others follow from 256 on.
+    let printable = |b: u32| (33..=126).contains(&b) || (161..=172).contains(&b) || (174..=255).contains(&b);
+    let mut next = 256;
+    let mut map = serde_json::Map::new();
+    for b in 0..256u32 {
+        let c = if printable(b) {
+            b
+        } else {
+            next += 1;
+            next - 1
+        };
+        map.insert(char::from_u32(c).unwrap().to_string(), b.into());
+    }
+    let special = ["<s>", "</s>", "<pad>"];
+    let added: Vec<Value> = special
+        .iter()
+        .zip(256..vocab)
+        .map(|(t, id)| {
+            json!({"id": id, "content": t, "single_word": false, "lstrip": false, "rstrip": false,
+                   "normalized": false, "special": true})
+        })
+        .collect();
+    for (t, id) in special.iter().zip(256..vocab) {
+        map.insert((*t).into(), id.into());
+    }
+    json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "post_processor": null,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                  "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": map, "merges": []},
+    })
+}
+
+fn text(n: usize) -> String {
+    (0..n).map(|i| ["the ", "cat ", "sat ", "on ", "a ", "mat. "][i * i % 6]).collect()
+}
+
+#[test]
+fn bad_models_give_one_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |n: &str| dir.path().join(n);
+    let run = |model: &str| fails(dir.path(), &["run", model, "hello there", "--quiet"]);
+    assert!(run("nowhere.gguf").contains("no model at `nowhere.gguf`"));
+    assert!(run("smollm2-135m-instrct").contains("smollm2-135m-instruct"), "the nearest known name");
+    std::fs::create_dir(at("empty")).unwrap();
+    assert!(run("empty").contains("empty: not a checkpoint"));
+    std::fs::write(at("short.gguf"), b"GGUF\x03\0\0\0").unwrap();
+    assert!(run("short.gguf").contains("short.gguf: damaged GGUF file"));
+    let mut hostile = b"GGUF\x03\0\0\0".to_vec();
+    hostile.extend([0xff; 16]);
+    std::fs::write(at("hostile.gguf"), hostile).unwrap();
+    assert!(run("hostile.gguf").contains("damaged GGUF file"), "counts that overflow");
+    std::fs::write(at("other.bin"), b"no model at all").unwrap();
+    assert!(run("other.bin").contains("other.bin"));
+    tiny_model(&at("cut"));
+    let whole = std::fs::read(at("cut/model.safetensors")).unwrap();
+    std::fs::write(at("cut/model.safetensors"), &whole[..whole.len() / 2]).unwrap();
+    assert!(run("cut").contains("damaged safetensors file"));
+    tiny_model(&at("mute"));
+    std::fs::remove_file(at("mute/tokenizer.json")).unwrap();
+    assert!(run("mute").contains("tokenizer"));
+    tiny_model(&at("bare"));
+    std::fs::remove_file(at("bare/config.json")).unwrap();
+    assert!(run("bare").contains("bare"));
+}
+
+#[test]
+fn offline_never_fetches() {
+    let dir = tempfile::tempdir().unwrap();
+    for args in [
+        &["compare", "--offline"][..],
+        &["run", "smollm2-135m-instruct", "hi", "--offline"],
+        &["eval", "ppl", "--offline"],
+    ] {
+        let e = fails(dir.path(), args);
+        assert!(e.contains("--offline forbids fetching"), "{e}");
+    }
+    assert!(!dir.path().join("cache").exists(), "not even a folder is made");
+    let e = fails(dir.path(), &["pull", "smollm"]);
+    assert!(e.contains("known: smollm2-135m-instruct, kjv"), "{e}");
+}
+
+#[test]
+fn generates_the_same_from_every_source_of_the_prompt() {
+    let dir = tempfile::tempdir().unwrap();
+    tiny_model(&dir.path().join("m"));
+    let args = ["run", "m", "--no-chat", "--max-tokens", "12", "--temperature", "0.8", "--seed", "5"];
+    let with = |more: &[&str]| ok(dir.path(), &args.iter().chain(more).copied().collect::<Vec<_>>());
+    std::fs::write(dir.path().join("prompt"), "the cat sat").unwrap();
+    let first = ok(dir.path(), &[&["run", "m", "the cat sat"][..], &args[2..]].concat());
+    assert!(!first.is_empty());
+    assert_eq!(first, with(&["--prompt-file", "prompt"]));
+    let mut child = foveal(dir.path())
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"the cat sat").unwrap();
+    assert_eq!(first.as_bytes(), child.wait_with_output().unwrap().stdout);
+    // A stop string is cut off with what follows it.
+    let stop: String = first.chars().skip(2).take(2).collect();
+    let cut = with(&["--prompt-file", "prompt", "--stop", &stop]);
+    assert!(!cut.contains(&stop) && cut.len() < first.len(), "{first:?} {cut:?}");
+    // What was measured goes to standard error, and nowhere under --quiet.
+    let o = run(dir.path(), &[&["run", "m", "the cat sat"][..], &args[2..]].concat());
+    assert!(String::from_utf8_lossy(&o.stderr).contains("prompt 11 tokens"));
+    let o = run(dir.path(), &[&["run", "m", "the cat sat", "--quiet"][..], &args[2..]].concat());
+    assert!(o.stderr.is_empty());
+}
+
+#[test]
+fn bad_run_arguments() {
+    let dir = tempfile::tempdir().unwrap();
+    tiny_model(&dir.path().join("m"));
+    let run = |more: &[&str]| {
+        let args: Vec<&str> = ["run", "m", "hi", "--quiet", "--no-chat"].iter().chain(more).copied().collect();
+        fails(dir.path(), &args)
+    };
+    assert!(fails(dir.path(), &["run", "m"]).contains("the prompt is empty"));
+    assert!(run(&["--temperature", "nan"]).contains("--temperature"));
+    assert!(run(&["--top-p", "1.5"]).contains("--top-p 1.5"));
+    assert!(run(&["--max-tokens", "0"]).contains("--max-tokens 0"));
+    assert!(run(&["--prefill", "xatention"]).contains("did you mean \"xattention\""));
+    assert!(run(&["--prefill", "think"]).contains("cannot be used as a prefill system"));
+    assert!(run(&["--cache", "think:ratoi=0.5"]).contains("did you mean \"ratio\""));
+    std::fs::write(dir.path().join("p.toml"), "version = 9\n").unwrap();
+    assert!(run(&["--plan", "p.toml"]).contains("version = 9"));
+    std::fs::write(dir.path().join("p.toml"), "version = 1\n[[rule]]\nlayers = [7]\nprefill = \"moba\"\n").unwrap();
+    assert!(run(&["--plan", "p.toml"]).contains("layer 7 is out of range"));
+    std::fs::write(dir.path().join("latin"), [b'a', 0xe9, b'b']).unwrap();
+    let e = fails(dir.path(), &["run", "m", "--prompt-file", "latin", "--quiet"]);
+    assert!(e.contains("not UTF-8 text (at byte 1)"), "{e}");
+}
+
+#[test]
+fn compares_and_writes_three_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |n: &str| dir.path().join(n);
+    tiny_model(&at("m"));
+    std::fs::write(at("text"), text(400)).unwrap();
+    let args = [
+        "compare",
+        "m",
+        "--text",
+        "text",
+        "--lengths",
+        "128,256",
+        "--prefill",
+        "xattention,moba:topk=2",
+        "--trials",
+        "0",
+        "--decode-steps",
+        "2",
+        "--out",
+        "r",
+    ];
+    let shown = ok(dir.path(), &args);
+    for word in ["xattention", "moba:topk=2", "dense", "Verdicts"] {
+        assert!(shown.contains(word), "{word} is missing from {shown}");
+    }
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(at("r.json")).unwrap()).unwrap();
+    assert_eq!(report["rows"].as_array().unwrap().len(), 6, "three systems at two lengths");
+    assert!(std::fs::read_to_string(at("r.csv")).unwrap().lines().count() >= 7);
+    let page = std::fs::read_to_string(at("r.html")).unwrap();
+    assert!(page.contains("<svg") && !page.contains("src=\"http"), "one self-contained page");
+    let e = fails(dir.path(), &["compare", "m", "--text", "text", "--lengths", "8192", "--prefill", "moba", "--quiet"]);
+    assert!(e.contains("tokens") && e.contains("give a longer text"), "{e}");
+    let e = fails(dir.path(), &["compare", "m", "--out", "no/r"]);
+    assert!(e.contains("create it first"), "{e}");
+}
+
+#[test]
+fn evaluates_and_plans() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |n: &str| dir.path().join(n);
+    tiny_model(&at("m"));
+    std::fs::write(at("text"), text(400)).unwrap();
+    let told = ok(dir.path(), &["plan", "m", "--text", "text", "--length", "512", "--out", "p.toml"]);
+    assert!(told.contains("8 heads"), "{told}");
+    let ppl = |more: &[&str]| -> f64 {
+        let args: Vec<&str> =
+            ["eval", "ppl", "m", "--text", "text", "--length", "512", "--json"].iter().chain(more).copied().collect();
+        serde_json::from_str::<Value>(&ok(dir.path(), &args)).unwrap()["score"]["ppl"].as_f64().unwrap()
+    };
+    let (dense, planned) = (ppl(&[]), ppl(&["--plan", "p.toml"]));
+    assert!(dense.is_finite() && dense > 1.0 && (planned / dense - 1.0).abs() < 0.5, "{dense} {planned}");
+    assert_eq!(dense, ppl(&["--prefill", "flashattention-2"]), "the dense id is dense");
+}
+
+#[test]
+fn times_the_primitives() {
+    let dir = tempfile::tempdir().unwrap();
+    let args = ["bench", "ops", "--filter", "attend", "--tokens", "64", "--seconds", "0", "--format", "json"];
+    let rows: Value = serde_json::from_str(&ok(dir.path(), &args)).unwrap();
+    assert!(rows.as_array().unwrap().iter().all(|r| r["median_ms"].as_f64().unwrap() > 0.0));
+    assert!(fails(dir.path(), &["bench", "ops", "--filter", "no such op", "--quiet"]).contains("matches no operation"));
+}
+
+/// Ctrl-C in the middle of a comparison: exit code 130, no report, nothing temporary left.
+#[cfg(unix)]
+#[test]
+fn interruption_leaves_no_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |n: &str| dir.path().join(n);
+    tiny_model(&at("m"));
+    std::fs::write(at("text"), text(60_000)).unwrap();
+    let mut child = foveal(dir.path())
+        .args([
+            "compare",
+            "m",
+            "--text",
+            "text",
+            "--lengths",
+            "2048,16384",
+            "--prefill",
+            "moba",
+            "--trials",
+            "0",
+            "--out",
+            "r",
+        ])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // The first remark comes when Ctrl-C is already listened to and nothing is measured yet.
+    let mut errors = BufReader::new(child.stderr.take().unwrap());
+    let mut first = String::new();
+    errors.read_line(&mut first).unwrap();
+    assert!(first.contains("llama"), "{first}");
+    let killed = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(killed.success());
+    let mut rest = String::new();
+    errors.read_to_string(&mut rest).unwrap();
+    let status = child.wait().unwrap();
+    assert_eq!(status.code(), Some(130), "{rest}");
+    assert!(rest.contains("error: interrupted"), "{rest}");
+    let mut left: Vec<String> = std::fs::read_dir(dir.path())
+        .unwrap()
+        .flatten()
+        .map(|e| e.file_name().to_string_lossy().into_owned())
+        .collect();
+    left.sort();
+    assert_eq!(left, ["m", "text"]);
+}
