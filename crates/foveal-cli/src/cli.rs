@@ -6,6 +6,7 @@ use foveal::registry::State;
 use foveal::{Family, Slot, Spec};
 use foveal_kernels::Isa;
 use foveal_kernels::linear::WeightFormat;
+use foveal_llm::AttentionDtype;
 use std::path::PathBuf;
 
 /// Which attention should this model use, at this length, on this machine, and what does it cost in quality?
@@ -67,6 +68,16 @@ pub struct LoadArgs {
     /// Storage of the weights in memory: f32, bf16 or int8
     #[arg(long, value_name = "FORMAT", default_value = "bf16", value_parser = weights)]
     pub weights: WeightFormat,
+    /// Storage of q, k and v in prompt attention: f32 or bf16 [default: bf16 with AMX, else f32]
+    #[arg(long, value_name = "TYPE")]
+    pub attention: Option<AttentionDtype>,
+}
+
+impl LoadArgs {
+    /// The attention type asked for, else the fastest here.
+    pub fn attention(&self) -> AttentionDtype {
+        self.attention.unwrap_or_else(AttentionDtype::fastest)
+    }
 }
 
 /// What serves the prompt and the store.

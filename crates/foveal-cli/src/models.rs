@@ -127,9 +127,10 @@ pub fn calibration(
 }
 
 /// Prompt options that show progress and obey Ctrl-C.
-pub fn prompt_options(ctx: &Context, what: &'static str) -> PrefillOptions {
+pub fn prompt_options(load: &LoadArgs, ctx: &Context, what: &'static str) -> PrefillOptions {
     let progress = Progress::new(ctx);
     PrefillOptions {
+        attention: load.attention(),
         cancel: Some(ctx.cancel.clone()),
         progress: Some(Arc::new(move |done, total| progress.at(done as f64 / total.max(1) as f64, what))),
         ..PrefillOptions::default()

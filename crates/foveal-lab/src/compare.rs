@@ -16,7 +16,9 @@ use crate::{maps, ppl};
 use foveal::cache::Needs;
 use foveal::registry;
 use foveal_llm::plan::DENSE;
-use foveal_llm::{Calibration, LlmError, LogitsFor, Model, Plan, PrefillOptions, Prompt, Session, Tokenizer};
+use foveal_llm::{
+    AttentionDtype, Calibration, LlmError, LogitsFor, Model, Plan, PrefillOptions, Prompt, Session, Tokenizer,
+};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -32,6 +34,8 @@ pub struct CompareOptions {
     pub maps: bool,
     /// Layer and query head of the pictures; `None` = the middle layer's first head.
     pub map_head: Option<(usize, usize)>,
+    /// Storage type of q, k and v in prompt attention, dense and sparse alike.
+    pub attention: AttentionDtype,
     /// Decode steps timed.
     pub decode_steps: usize,
     /// Rows of a prompt whose attention output is compared with exact attention.
@@ -47,6 +51,7 @@ impl Default for CompareOptions {
             needles: Some(NeedleOptions::default()),
             maps: true,
             map_head: None,
+            attention: AttentionDtype::fastest(),
             decode_steps: 16,
             probe_rows: 64,
             repeat_seconds: 2.0,
@@ -393,7 +398,12 @@ impl Run<'_, '_> {
     }
 
     fn options(&self, logits: LogitsFor) -> PrefillOptions {
-        PrefillOptions { logits, cancel: self.cancel.clone(), ..Default::default() }
+        PrefillOptions {
+            logits,
+            attention: self.c.options.attention,
+            cancel: self.cancel.clone(),
+            ..Default::default()
+        }
     }
 
     fn length(&mut self, l: usize, groups: &[Group], shown: Option<(usize, usize)>) -> Result<Vec<Row>> {

@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 
 /// A ratio of times below this counts as faster: 5% is beyond the noise of repeats on a quiet machine.
 pub const FASTER: f64 = 0.95;
+/// A prompt density above this is dense attention over again, whatever the clock says.
+pub const FEWER: f64 = 0.98;
 /// A ratio of bytes below this counts as smaller.
 pub const SMALLER: f64 = 0.95;
 /// Perplexity may rise by this much, in percent of dense's.
@@ -264,7 +266,8 @@ pub fn judge(info: &SystemInfo, row: &Row, dense: &Row, own: &[&Row], dense_rows
     let on_prompt = matches!(info.role, Role::Prefill | Role::Both);
     let on_store = matches!(info.role, Role::Cache | Role::Both);
     let mut gains = Vec::new();
-    if on_prompt && row.prefill.ratio <= FASTER {
+    // Who visits all that dense visits runs the same kernel: a better time is noise.
+    if on_prompt && row.prefill.ratio <= FASTER && row.prefill.density <= FEWER {
         gains.push(format!("prompt {:.2} times as fast", 1.0 / row.prefill.ratio));
     }
     if on_store && row.decode.ratio >= 1.0 / FASTER {

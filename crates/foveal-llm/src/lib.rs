@@ -21,7 +21,9 @@ pub use checkpoint::{Checkpoint, HostTensor};
 pub use config::{Family, ModelConfig, RopeScaling};
 pub use error::{LlmError, Result};
 pub use generate::{GenerateOptions, Generated, StopReason, generate};
-pub use model::{Calibration, LoadOptions, LogitsFor, Model, PrefillOptions, Prompt, Stats, WeightFormat};
+pub use model::{
+    AttentionDtype, Calibration, LoadOptions, LogitsFor, Model, PrefillOptions, Prompt, Stats, WeightFormat,
+};
 pub use plan::{Plan, Rule};
 pub use sample::{SampleOptions, Sampler};
 pub use session::{Extended, Session};

@@ -169,7 +169,7 @@ fn exact(ctx: &CacheCtx, t: &Tokens, prompt: usize) -> Vec<f32> {
                 .collect();
             let m = s.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let l: f64 = s.iter().map(|x| (x - m).exp()).sum();
-            let mut o = vec![0f64; D];
+            let mut o = [0f64; D];
             for (j, x) in (lo..=i).zip(&s) {
                 let p = (x - m).exp() / l;
                 o.iter_mut().zip(row(&t.v, g, j)).for_each(|(a, b)| *a += p * b);

@@ -46,6 +46,7 @@ pub fn run(a: &CompareArgs, ctx: &Context, out: &mut dyn Write) -> Result {
         ppl: !a.no_ppl,
         needles: (a.trials > 0).then_some(NeedleOptions { trials: a.trials, seed: a.seed }),
         maps: !a.no_maps,
+        attention: a.load.attention(),
         decode_steps: a.decode_steps,
         ..CompareOptions::default()
     };
@@ -71,7 +72,9 @@ pub fn run(a: &CompareArgs, ctx: &Context, out: &mut dyn Write) -> Result {
     let progress = Progress::new(ctx);
     let results = comparison.run(&mut |p| progress.at(p.fraction, &p.what), Some(ctx.cancel.clone()))?;
     drop(progress);
-    let written = report::write_all(&results, &a.out)?;
+    // A folder gets the usual names inside it.
+    let prefix = if a.out.is_dir() { a.out.join("foveal-report") } else { a.out.clone() };
+    let written = report::write_all(&results, &prefix)?;
     if a.json {
         write!(out, "{}", report::json(&results)?)?;
     } else {

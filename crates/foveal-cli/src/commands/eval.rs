@@ -20,7 +20,7 @@ pub fn run(a: &EvalArgs, ctx: &Context, out: &mut dyn Write) -> Result {
     let text = models::text(a.text.as_deref(), a.length, a.load.offline, &loaded.tokenizer, ctx)?;
     ctx.remark(&text.about);
     let calibration = models::calibration(&loaded, &plan, a.text.as_deref(), a.load.offline, ctx)?;
-    let options = models::prompt_options(ctx, "reading the text");
+    let options = models::prompt_options(&a.load, ctx, "reading the text");
     let (model, tokens) = (&loaded.model, &text.tokens);
     let (score, line) = match a.task {
         Task::Ppl => {

@@ -51,6 +51,7 @@ pub fn run(a: &PlanArgs, ctx: &Context, out: &mut dyn Write) -> Result {
         let record = PrefillOptions {
             // One chunk, so that the record holds every query.
             chunk: t,
+            attention: a.load.attention(),
             capture: true,
             logits: LogitsFor::None,
             record: (from..to).flat_map(|l| (0..heads).map(move |h| (l, h))).collect(),

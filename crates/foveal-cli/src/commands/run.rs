@@ -27,7 +27,8 @@ pub fn run(a: &RunArgs, ctx: &Context, out: &mut dyn Write) -> Result {
             a.max_tokens
         ));
     }
-    let options = PrefillOptions { logits: LogitsFor::Last, ..models::prompt_options(ctx, "reading the prompt") };
+    let options =
+        PrefillOptions { logits: LogitsFor::Last, ..models::prompt_options(&a.load, ctx, "reading the prompt") };
     let (mut session, prompt) = loaded.model.start(&tokens, &plan, calibration.as_ref(), &options)?;
     drop(options);
     let resident = session.resident();

@@ -47,6 +47,17 @@ pub enum AttentionDtype {
     Bf16,
 }
 
+impl AttentionDtype {
+    /// The fastest on this machine: bf16 where the kernels have tile units for it, else f32.
+    pub fn fastest() -> Self {
+        if foveal_kernels::Isa::active() == foveal_kernels::Isa::Amx {
+            AttentionDtype::Bf16
+        } else {
+            AttentionDtype::F32
+        }
+    }
+}
+
 impl fmt::Display for AttentionDtype {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
