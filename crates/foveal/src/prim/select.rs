@@ -66,7 +66,7 @@ mod tests {
 
     #[test]
     fn topp_takes_the_fewest_that_reach_the_mass() {
-        let x = [0.1, 0.5, 0.15, 0.25];
+        let x = [0.125, 0.5, 0.125, 0.25];
         assert_eq!(topp(&x, 0.5), [1]);
         assert_eq!(topp(&x, 0.51), [1, 3]);
         assert_eq!(topp(&x, 0.95), [0, 1, 2, 3]);

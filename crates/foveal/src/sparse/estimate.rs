@@ -1,4 +1,4 @@
-//! What the estimators of this family share: contiguous rows, a fast exponential, and the
+//! What the estimators of this family share: contiguous rows, a softmax row, and the
 //! rule by which their work is counted.
 //!
 //! Counting: a product costs 2·m·n·k, an addition, multiplication or exponential one flop;
@@ -6,6 +6,8 @@
 //! each product, pooling or gather reads.
 
 use super::Mat;
+use foveal_kernels::Isa;
+use foveal_kernels::exp::{self, Fun};
 use std::borrow::Cow;
 
 /// Flops of one softmax entry: difference, exponential, sum.
@@ -29,49 +31,21 @@ pub(crate) fn packed<'a>(m: &Mat<'a>, rows: usize) -> Cow<'a, [f32]> {
     Cow::Owned(out)
 }
 
-/// e^x for x ≤ 0, within 2 ulp of f32; below −87 it is e^−87, which no share of a softmax
-/// notices. Free of branches and calls, so that loops over it run in vector registers.
-#[inline(always)]
-fn exp_nonpositive(x: f32) -> f32 {
-    // Adding 1.5·2^23 rounds to an integer in the low mantissa bits; the extra 127 makes those
-    // bits the biased exponent of 2^n.
-    const MAGIC: f32 = 12_582_912.0 + 127.0;
-    let x = x.max(-87.0);
-    let shifted = x * std::f32::consts::LOG2_E + MAGIC;
-    let n = shifted - MAGIC;
-    // ln 2 in two parts: the first has so few bits that n·HI is exact.
-    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
-    let p = 1.0
-        + r * (1.0 + r * (0.5 + r * (0.166_666_65 + r * (0.041_665_795 + r * (0.008_333_452 + r * 0.001_394_087)))));
-    p * f32::from_bits(shifted.to_bits() << 23)
-}
-
 /// In-place e^{x − max x}; returns 1 / Σ, the factor that makes the row a softmax. The row must
 /// not be empty and holds no −∞: callers cut the row at the causal edge instead of masking.
 pub(crate) fn exp_row(x: &mut [f32]) -> f32 {
-    // Eight partial maxima and sums: one chain would hold the loop to the latency of an addition.
-    let mut m8 = [f32::NEG_INFINITY; 8];
+    let m = max_of(x);
+    x.iter_mut().for_each(|v| *v -= m);
+    exp::apply(Fun::Exp, x, Isa::active());
+    // Eight partial sums: one chain would hold the loop to the latency of an addition.
+    let mut s8 = [0f32; 8];
     let (chunks, rest) = x.as_chunks::<8>();
     for c in chunks {
-        for (m, v) in m8.iter_mut().zip(c) {
-            *m = m.max(*v);
-        }
-    }
-    let m = m8.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut s8 = [0f32; 8];
-    let (chunks, rest) = x.as_chunks_mut::<8>();
-    for c in chunks {
         for (s, v) in s8.iter_mut().zip(c) {
-            *v = exp_nonpositive(*v - m);
             *s += *v;
         }
     }
-    let mut sum: f32 = s8.iter().sum();
-    for v in rest {
-        *v = exp_nonpositive(*v - m);
-        sum += *v;
-    }
-    1.0 / sum
+    1.0 / (s8.iter().sum::<f32>() + rest.iter().sum::<f32>())
 }
 
 /// Largest entry, in eight chains.
@@ -89,22 +63,6 @@ pub(crate) fn max_of(x: &[f32]) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn exponential_is_within_two_ulp() {
-        let mut worst = 0f64;
-        let mut x = -86.9f32;
-        while x <= 0.0 {
-            let want = f64::from(x).exp();
-            let ulp = f64::from(f32::from_bits((want as f32).to_bits() + 1)) - f64::from(want as f32);
-            worst = worst.max((f64::from(exp_nonpositive(x)) - want).abs() / ulp);
-            x += 0.000_917;
-        }
-        assert!(worst < 2.0, "{worst} ulp");
-        assert_eq!(exp_nonpositive(0.0), 1.0);
-        assert!(exp_nonpositive(-1e30) < 2e-38);
-        assert!(exp_nonpositive(f32::NEG_INFINITY) < 2e-38);
-    }
 
     #[test]
     fn exp_row_is_a_softmax() {
