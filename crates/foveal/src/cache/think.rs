@@ -2,10 +2,10 @@
 //! arXiv 2407.21018).
 //!
 //! Per K/V head, with Q_obs the last `obs` queries of the prompt and K all its keys, channel c
-//! scores ‖Q_obs[:,c]·K[:,c]ᵀ‖_F = ‖Q_obs[:,c]‖·‖K[:,c]‖: how much the logits lose with it. The
+//! scores `‖Q_obs[:,c]·K[:,c]ᵀ‖_F = ‖Q_obs[:,c]‖·‖K[:,c]‖`: how much the logits lose with it. The
 //! ⌊ratio·D⌋ lowest go. Keys are stored D' = D − ⌊ratio·D⌋ wide, the last `recent` tokens D wide:
 //!
-//! logits = scale · [ q[channels]·K_prunedᵀ , q·K_recentᵀ ].
+//! `logits = scale · [ q[channels]·K_prunedᵀ , q·K_recentᵀ ]`.
 //!
 //! Cost of a decoded token: T·(D' + D) multiply-adds a query head; memory T·(D' + D) elements a
 //! K/V head instead of 2·T·D, plus D' channel numbers.

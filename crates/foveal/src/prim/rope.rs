@@ -1,6 +1,6 @@
 //! Rotary position embedding with given frequencies.
 
-/// Rotation of head pairs (c, c + rotary_dim/2) by angle position · inv_freq[c].
+/// Rotation of head pairs (c, c + rotary_dim/2) by angle `position · inv_freq[c]`.
 ///
 /// Which frequencies (default, linear, dynamic, YaRN, Llama 3) is the model's business; a cache
 /// that stores keys before rotation (Palu) re-applies the same rotation on read.
