@@ -14,70 +14,12 @@ pub fn abt(
     b_stride: usize,
     c: &mut [f32],
 ) -> u64 {
-    assert!(c.len() >= m * n, "C too short");
-    assert!(m == 0 || a.len() >= (m - 1) * a_stride + k, "A too short");
-    assert!(n == 0 || b.len() >= (n - 1) * b_stride + k, "B too short");
-    if m == 0 || n == 0 {
-        return 0;
-    }
-    // SAFETY: the three asserts above bound every element that these strides reach.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            c.as_mut_ptr(),
-            1,
-            n as isize,
-            false,
-            a.as_ptr(),
-            1,
-            a_stride as isize,
-            b.as_ptr(),
-            b_stride as isize,
-            1,
-            0.0f32,
-            alpha,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
-    2 * (m * n * k) as u64
+    product([m, n, k], alpha, a, a_stride, b, [b_stride, 1], c, false)
 }
 
 /// C (m, n) = A (m, k) · B (k, n), all row-major contiguous. Returns the FLOPs done.
 pub fn ab(m: usize, n: usize, k: usize, a: &[f32], b: &[f32], c: &mut [f32]) -> u64 {
-    assert!(c.len() >= m * n && a.len() >= m * k && b.len() >= k * n, "operand too short");
-    if m == 0 || n == 0 {
-        return 0;
-    }
-    // SAFETY: contiguous row-major operands of the asserted lengths.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            c.as_mut_ptr(),
-            1,
-            n as isize,
-            false,
-            a.as_ptr(),
-            1,
-            k as isize,
-            b.as_ptr(),
-            1,
-            n as isize,
-            0.0f32,
-            1.0f32,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
-    2 * (m * n * k) as u64
+    product([m, n, k], 1.0, a, k, b, [1, n], c, false)
 }
 
 /// C (m, n) += A (m, k) · B (n, k)ᵀ in f32; rows of A and B are `a_stride` and `b_stride`
@@ -92,12 +34,27 @@ pub fn abt_add(
     b_stride: usize,
     c: &mut [f32],
 ) -> u64 {
+    product([m, n, k], 1.0, a, a_stride, b, [b_stride, 1], c, true)
+}
+
+/// C (m, n) = or += alpha · A · B on one thread, C contiguous. A has rows of k elements, `a_stride`
+/// apart; element (column j of C, inner index i) of B lies at `j·b_strides[0] + i·b_strides[1]`.
+fn product(
+    [m, n, k]: [usize; 3],
+    alpha: f32,
+    a: &[f32],
+    a_stride: usize,
+    b: &[f32],
+    b_strides: [usize; 2],
+    c: &mut [f32],
+    add: bool,
+) -> u64 {
     assert!(c.len() >= m * n, "C too short");
-    assert!(m == 0 || k == 0 || a.len() >= (m - 1) * a_stride + k, "A too short");
-    assert!(n == 0 || k == 0 || b.len() >= (n - 1) * b_stride + k, "B too short");
-    if m == 0 || n == 0 || k == 0 {
+    if m == 0 || n == 0 || (k == 0 && add) {
         return 0;
     }
+    assert!(k == 0 || a.len() > (m - 1) * a_stride + (k - 1), "A too short");
+    assert!(k == 0 || b.len() > (n - 1) * b_strides[0] + (k - 1) * b_strides[1], "B too short");
     // SAFETY: the three asserts above bound every element that these strides reach.
     unsafe {
         gemm::gemm(
@@ -107,15 +64,15 @@ pub fn abt_add(
             c.as_mut_ptr(),
             1,
             n as isize,
-            true,
+            add,
             a.as_ptr(),
             1,
             a_stride as isize,
             b.as_ptr(),
-            b_stride as isize,
-            1,
-            1.0f32,
-            1.0f32,
+            b_strides[0] as isize,
+            b_strides[1] as isize,
+            if add { 1.0f32 } else { 0.0 },
+            alpha,
             false,
             false,
             false,

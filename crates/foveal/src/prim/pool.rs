@@ -18,19 +18,3 @@ pub fn mean_blocks(m: &Mat, block: usize) -> Vec<f32> {
     }
     out
 }
-
-/// In-place softmax of one row; −∞ entries become 0; a row of only −∞ becomes all 0.
-pub fn softmax_row(x: &mut [f32]) {
-    let m = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    if m == f32::NEG_INFINITY {
-        x.fill(0.0);
-        return;
-    }
-    let mut sum = 0f32;
-    for v in x.iter_mut() {
-        *v = (*v - m).exp();
-        sum += *v;
-    }
-    let inv = 1.0 / sum;
-    x.iter_mut().for_each(|v| *v *= inv);
-}
