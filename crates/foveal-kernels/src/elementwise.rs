@@ -115,7 +115,7 @@ fn over_rows(rows: usize, width: usize, f: impl Fn(std::ops::Range<usize>) + Syn
 
 /// Work of an operation of `flops` operations an element, `moved` f32 read or written in all.
 fn work(elements: usize, flops: usize, moved: usize) -> Work {
-    Work { flops: (elements * flops) as u64, bytes: 4 * moved as u64, tiles: 0, pairs: 0 }
+    Work { flops: (elements * flops) as u64, bytes: 4 * moved as u64, ..Work::default() }
 }
 
 /// Whole rows of `width` in `len` elements.

@@ -14,6 +14,7 @@ mod dispatch;
 pub mod elementwise;
 pub mod error;
 pub mod exp;
+mod fallback;
 pub mod indexed;
 pub mod isa;
 mod lanes;

@@ -18,6 +18,16 @@ pub struct Work {
     /// Attention scores q·k of full width computed, masked entries inside a
     /// visited tile included. The ratio to the dense call's is the density.
     pub pairs: u64,
+    /// Of `flops`, those that a slower path did because the fast path of the instruction set asked
+    /// for could not serve the call. Alone among the counters it depends on the machine.
+    pub fallback: u64,
+}
+
+impl Work {
+    /// Say that a slower path did all of this.
+    pub(crate) fn on_slower_path(self) -> Work {
+        Work { fallback: self.flops, ..self }
+    }
 }
 
 impl Add for Work {
@@ -28,6 +38,7 @@ impl Add for Work {
             bytes: self.bytes + o.bytes,
             tiles: self.tiles + o.tiles,
             pairs: self.pairs + o.pairs,
+            fallback: self.fallback + o.fallback,
         }
     }
 }

@@ -192,6 +192,8 @@ fn check_as<T: Element>(
             assert_eq!(lse[r], f32::NEG_INFINITY, "row {r} of lse {l}");
             assert!(out[r * s.dv..(r + 1) * s.dv].iter().all(|&x| x == 0.0), "row {r}");
         }
+        // What fell to a slower path is the machine's affair; the rest is not.
+        let w = Work { fallback: 0, ..w };
         assert_eq!(*work.get_or_insert(w), w, "{isa}: work differs");
     }
 }

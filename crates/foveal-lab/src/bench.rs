@@ -337,7 +337,7 @@ fn small(b: &mut Bench) -> Result<()> {
             y.copy_from_slice(&x);
             apply(Fun::Exp, &mut y, isa);
             // One exponential counts as one operation.
-            Ok(Work { flops: N as u64, bytes: 8 * N as u64, tiles: 0, pairs: 0 })
+            Ok(Work { flops: N as u64, bytes: 8 * N as u64, ..Work::default() })
         })?;
     }
     if b.wanted("merge") {
@@ -351,7 +351,7 @@ fn small(b: &mut Bench) -> Result<()> {
                 merge_row(a, l, o, 0.5);
             }
             // Two products and a sum an element; read both, write one.
-            Ok(Work { flops: 3 * (rows * d) as u64, bytes: 12 * (rows * d) as u64, tiles: 0, pairs: 0 })
+            Ok(Work { flops: 3 * (rows * d) as u64, bytes: 12 * (rows * d) as u64, ..Work::default() })
         })?;
     }
     Ok(())

@@ -4,6 +4,8 @@ use super::strip::{Finish, KEY_PAD, KEY_TILE, Kernels, MAX_STRIP, NO_MAX, Step};
 use super::{Attend, Bias};
 use crate::error::{KernelError, Result};
 use crate::exp::LOG2_E;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use crate::fallback::{Reason, tell};
 use crate::table::{HeadKeys, HeadTable};
 use crate::view::{Element, Rows, View, ViewMut};
 use crate::work::Work;
@@ -366,11 +368,16 @@ impl<T: Element> Call<'_, T> {
         work
     }
 
-    /// This call as one that runs on AMX tiles, if it does: the machine has them, and the system
-    /// lets us use them.
+    /// Whether AMX tiles were asked for: bf16, the machine has them, and the system lets us use them.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    fn wants_tiles(&self) -> bool {
+        TypeId::of::<T>() == TypeId::of::<bf16>() && self.p.isa.min(crate::Isa::detect()) == crate::Isa::Amx
+    }
+
+    /// This call as one that runs on AMX tiles, if it does.
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     fn on_tiles(&self) -> Option<&Call<'_, bf16>> {
-        if TypeId::of::<T>() != TypeId::of::<bf16>() || self.p.isa.min(crate::Isa::detect()) != crate::Isa::Amx {
+        if !self.wants_tiles() {
             return None;
         }
         // SAFETY: T is bf16, so the types are one.
@@ -381,11 +388,15 @@ impl<T: Element> Call<'_, T> {
     /// Attend `rows` of one head, all of one block and at most MAX_TASK.
     fn rows_on_best(&self, s: &mut Scratch, bh: usize, rows: Range<usize>) -> Work {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if let Some(same) = self.on_tiles()
-            && rows.len() > self.kernels.few
-        {
-            // SAFETY: a call on tiles is on a machine with AMX.
-            return unsafe { same.rows_amx(s, bh, rows) };
+        if self.wants_tiles() {
+            let reason = match self.on_tiles() {
+                // SAFETY: a call on tiles is on a machine with AMX.
+                Some(same) if rows.len() > self.kernels.few => return unsafe { same.rows_amx(s, bh, rows) },
+                Some(_) => Reason::AttendFewQueries,
+                None => Reason::AttendScale,
+            };
+            tell(reason);
+            return self.rows(s, bh, rows).on_slower_path();
         }
         self.rows(s, bh, rows)
     }

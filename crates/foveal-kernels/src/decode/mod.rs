@@ -330,6 +330,7 @@ impl<'a> Problem<'a> {
                     bytes: (keys * (s.k.row_bytes(width) + s.v.row_bytes(self.v_dim))) as u64,
                     tiles: 1,
                     pairs,
+                    fallback: 0,
                 };
             }
         }
@@ -428,8 +429,7 @@ pub fn key_scores(q: &[f32], q_width: usize, keys: Codec, len: usize, out: &mut 
     let work = Work {
         flops: 2 * (rows * len * q_width) as u64,
         bytes: (len * keys.row_bytes(q_width)) as u64,
-        tiles: 0,
-        pairs: 0,
+        ..Work::default()
     };
     let dst = Columns(out.as_mut_ptr());
     let span = |from: usize| {

@@ -13,6 +13,7 @@ mod pack;
 mod wide;
 
 use crate::error::{Result, same};
+use crate::fallback::{Reason, tell};
 use crate::isa::Isa;
 use crate::work::Work;
 
@@ -116,8 +117,9 @@ impl PackedLinear {
         let isa = isa.min(Isa::detect());
         let out_ptr = OutPtr(out.as_mut_ptr());
         let quantised = self.format == WeightFormat::Int8 && isa >= Isa::Avx512 && m <= integer::MAX_ROWS;
-        if quantised && integer::forward(self, x, m, out_ptr) {
-            // Served.
+        let served = quantised && integer::forward(self, x, m, out_ptr);
+        if served {
+            // Nothing is left to do.
         } else if self.format != WeightFormat::F32 && isa >= Isa::Amx && m >= AMX_ROWS {
             amx::forward(self, x, m, out_ptr);
         } else if self.k.is_multiple_of(BLOCK) {
@@ -131,12 +133,16 @@ impl PackedLinear {
             }
             wide::forward(self, &padded, m, out_ptr, isa);
         }
-        Ok(Work {
+        let work = Work {
             flops: 2 * (m * self.n * self.k) as u64,
             bytes: (self.data.bytes() + 4 * (x.len() + out.len())) as u64,
-            tiles: 0,
-            pairs: 0,
-        })
+            ..Work::default()
+        };
+        if quantised && !served {
+            tell(Reason::LinearInteger);
+            return Ok(work.on_slower_path());
+        }
+        Ok(work)
     }
 
     /// Blocks of 32 inputs in a panel.
