@@ -256,7 +256,7 @@ pub struct EvalArgs {
 ///
 /// For minference: runs the model densely on a calibration text and gives each head the pattern
 /// (vertical-slash, A-shape or block-sparse) whose output is nearest to exact attention at a fixed
-/// cost. The sizes are shares of the prompt, so that the plan serves other lengths too.
+/// cost, or leaves it dense where none comes near enough. The sizes are shares of the prompt, so that the plan serves other lengths too.
 #[derive(Args)]
 pub struct PlanArgs {
     /// Known name, GGUF file, or folder with config.json and *.safetensors
@@ -276,6 +276,9 @@ pub struct PlanArgs {
     /// Cost that each head may have, as a share of dense attention
     #[arg(long, value_name = "X", default_value_t = 0.3)]
     pub budget: f64,
+    /// Largest relative error of the attention output; heads whose every pattern is worse stay dense
+    #[arg(long, value_name = "X", default_value_t = 0.5)]
+    pub max_error: f64,
     /// Calibration text, UTF-8 [default: the King James Bible, fetched once]
     #[arg(long, value_name = "FILE")]
     pub text: Option<PathBuf>,

@@ -79,7 +79,7 @@ fn run(command: &Command, ctx: &Context, out: &mut dyn Write) -> Result {
         Command::List(a) => commands::list::run(a, out),
         Command::Show(a) => commands::show::run(a, out),
         Command::Doctor(a) => commands::doctor::run(a, ctx, out),
-        Command::Apply(a) => commands::apply::run(a, out),
+        Command::Apply(a) => commands::apply::run(a, ctx, out),
         Command::Docs(a) => commands::docs::run(a, out),
     }
 }
@@ -95,14 +95,15 @@ fn start(cli: &Cli, cancel: &Arc<AtomicBool>) -> Result<Context> {
         .build_global()
         .map_err(|e| CliError::Arguments(format!("cannot start {threads} threads: {e}; lower --threads")))?;
     let flag = cancel.clone();
-    // Benchmarks write no files and look at no flag.
-    let at_once = matches!(cli.command, Command::Bench(_));
     ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) || at_once {
+        if flag.swap(true, Ordering::Relaxed) {
             // Asked twice: stop here. Files are written under temporary names, so none is half done.
             std::process::exit(i32::from(INTERRUPTED));
         }
-        eprintln!("\nstopping at the next safe point; Ctrl-C again stops at once");
+        // On a thread of its own: whoever holds standard error (a full pipe, a stopped pager) must not
+        // keep this handler from hearing the second Ctrl-C. Without a thread there is no message.
+        let tell = || eprintln!("\nstopping at the next safe point; Ctrl-C again stops at once");
+        let _ = std::thread::Builder::new().spawn(tell);
     })
     .map_err(|e| CliError::Arguments(format!("cannot listen for Ctrl-C: {e}")))?;
     Ok(Context { quiet: cli.global.quiet, threads, cancel: cancel.clone() })

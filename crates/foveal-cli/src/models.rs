@@ -52,7 +52,7 @@ pub fn load(name: &str, a: &LoadArgs, ctx: &Context) -> Result<Loaded> {
     let tokenizer = checkpoint.tokenizer()?;
     let about = checkpoint.describe();
     ctx.remark(&about);
-    let model = Model::load(&checkpoint, &LoadOptions { weights: a.weights })?;
+    let model = Model::load_until(&checkpoint, &LoadOptions { weights: a.weights }, Some(&ctx.cancel))?;
     Ok(Loaded { model, tokenizer, about })
 }
 
@@ -123,7 +123,7 @@ pub fn calibration(
     }
     let text = text(file, CALIBRATION, offline, &loaded.tokenizer, ctx)?;
     ctx.remark(&format!("calibrating on {}", text.about));
-    Ok(Some(loaded.model.calibrate(&text.tokens, needs.input_moment)?))
+    Ok(Some(loaded.model.calibrate_until(&text.tokens, needs.input_moment, Some(ctx.cancel.clone()))?))
 }
 
 /// Prompt options that show progress and obey Ctrl-C.

@@ -244,12 +244,22 @@ fn evaluates_and_plans() {
     std::fs::write(at("text"), text(400)).unwrap();
     let told = ok(dir.path(), &["plan", "m", "--text", "text", "--length", "512", "--out", "p.toml"]);
     assert!(told.contains("8 heads"), "{told}");
+    // What no head can meet leaves all of them dense, and says so.
+    let strict =
+        run(dir.path(), &["plan", "m", "--text", "text", "--length", "512", "--max-error", "0", "--out", "d.toml"]);
+    let (told, warned) = (String::from_utf8_lossy(&strict.stdout), String::from_utf8_lossy(&strict.stderr));
+    assert!(told.contains("8 heads at 1.00 of dense cost") && told.contains("8 dense"), "{told}");
+    for part in ["8 of 8 heads stay dense", "Raise --budget", "--length", "0: 0 1 2 3; 1: 0 1 2 3"] {
+        assert!(warned.contains(part), "{part} is missing from {warned}");
+    }
+    assert!(fails(dir.path(), &["plan", "m", "--max-error=-1"]).contains("--max-error"));
     let ppl = |more: &[&str]| -> f64 {
         let args: Vec<&str> =
             ["eval", "ppl", "m", "--text", "text", "--length", "512", "--json"].iter().chain(more).copied().collect();
         serde_json::from_str::<Value>(&ok(dir.path(), &args)).unwrap()["score"]["ppl"].as_f64().unwrap()
     };
     let (dense, planned) = (ppl(&[]), ppl(&["--plan", "p.toml"]));
+    assert_eq!(dense, ppl(&["--plan", "d.toml"]), "a plan of dense heads is dense");
     assert!(dense.is_finite() && dense > 1.0 && (planned / dense - 1.0).abs() < 0.5, "{dense} {planned}");
     assert_eq!(dense, ppl(&["--prefill", "flashattention-2"]), "the dense id is dense");
 }

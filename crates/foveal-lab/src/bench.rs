@@ -15,6 +15,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use std::fmt::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// One measurement.
@@ -48,6 +49,8 @@ pub struct OpRow {
     pub tiles: u64,
     /// Query-key pairs of one call.
     pub pairs: u64,
+    /// Of `flops`, those that a slower path did than the instruction set asked for has.
+    pub fallback: u64,
 }
 
 /// What to sweep.
@@ -90,6 +93,7 @@ struct Bench<'a> {
     o: &'a BenchOptions,
     isa: Isa,
     rows: Vec<OpRow>,
+    cancel: Option<&'a AtomicBool>,
     on_row: &'a mut dyn FnMut(&OpRow),
 }
 
@@ -99,9 +103,15 @@ impl Bench<'_> {
     }
 
     fn time(&mut self, op: &str, shape: String, dtype: &str, call: &mut dyn FnMut() -> Result<Work>) -> Result<()> {
+        let stop = || match self.cancel {
+            Some(c) if c.load(Ordering::Relaxed) => Err(LabError::Cancelled),
+            _ => Ok(()),
+        };
+        stop()?;
         let work = call()?;
         let (mut t, mut spent) = (Vec::new(), 0.0);
         while t.len() < 3 || (spent < self.o.seconds && t.len() < 200) {
+            stop()?;
             let begin = Instant::now();
             std::hint::black_box(call()?);
             let s = begin.elapsed().as_secs_f64();
@@ -125,6 +135,7 @@ impl Bench<'_> {
             bytes: work.bytes,
             tiles: work.tiles,
             pairs: work.pairs,
+            fallback: work.fallback,
         };
         (self.on_row)(&row);
         self.rows.push(row);
@@ -140,11 +151,11 @@ fn narrow(x: &[f32]) -> Vec<bf16> {
     x.iter().map(|&v| bf16::from_f32(v)).collect()
 }
 
-/// Run the sweep; `on_row` is told of each row as it comes.
+/// Run the sweep; `on_row` is told of each row as it comes, `cancel` stops before the next call.
 ///
 /// # Errors
-/// Head counts that do not divide, or a kernel's refusal.
-pub fn ops(o: &BenchOptions, on_row: &mut dyn FnMut(&OpRow)) -> Result<Vec<OpRow>> {
+/// Head counts that do not divide, a kernel's refusal, cancellation.
+pub fn ops(o: &BenchOptions, cancel: Option<&AtomicBool>, on_row: &mut dyn FnMut(&OpRow)) -> Result<Vec<OpRow>> {
     if o.kv_heads == 0 || !o.heads.is_multiple_of(o.kv_heads) || o.head_dim == 0 {
         return Err(LabError::Setting {
             name: "heads",
@@ -158,7 +169,7 @@ pub fn ops(o: &BenchOptions, on_row: &mut dyn FnMut(&OpRow)) -> Result<Vec<OpRow
     let mut rows = Vec::new();
     let isas = if o.isas.is_empty() { vec![Isa::active()] } else { o.isas.clone() };
     for isa in isas {
-        let mut b = Bench { o, isa, rows: Vec::new(), on_row };
+        let mut b = Bench { o, isa, rows: Vec::new(), cancel, on_row };
         for &t in &o.tokens {
             attention(&mut b, t)?;
             decoding(&mut b, t)?;
@@ -370,12 +381,12 @@ pub fn json(rows: &[OpRow]) -> Result<String> {
 /// Rows as CSV with a header line.
 pub fn csv(rows: &[OpRow]) -> String {
     let mut s = String::from(
-        "op,shape,dtype,isa,threads,median_ms,min_ms,reps,gflops,gbytes_per_s,flops,bytes,tiles,pairs\r\n",
+        "op,shape,dtype,isa,threads,median_ms,min_ms,reps,gflops,gbytes_per_s,flops,bytes,tiles,pairs,fallback_flops\r\n",
     );
     for r in rows {
         let _ = write!(
             s,
-            "{},\"{}\",{},{},{},{},{},{},{},{},{},{},{},{}\r\n",
+            "{},\"{}\",{},{},{},{},{},{},{},{},{},{},{},{},{}\r\n",
             r.op,
             r.shape,
             r.dtype,
@@ -389,7 +400,8 @@ pub fn csv(rows: &[OpRow]) -> String {
             r.flops,
             r.bytes,
             r.tiles,
-            r.pairs
+            r.pairs,
+            r.fallback
         );
     }
     s
@@ -397,8 +409,9 @@ pub fn csv(rows: &[OpRow]) -> String {
 
 /// Rows as a Markdown table, aligned.
 pub fn markdown(rows: &[OpRow]) -> String {
-    let head = ["op", "shape", "dtype", "isa", "median ms", "min ms", "reps", "GFLOP/s", "GB/s"];
-    let mut cells: Vec<[String; 9]> = vec![head.map(String::from)];
+    const COLUMNS: usize = 10;
+    let head = ["op", "shape", "dtype", "isa", "median ms", "min ms", "reps", "GFLOP/s", "GB/s", "slower path"];
+    let mut cells: Vec<[String; COLUMNS]> = vec![head.map(String::from)];
     for r in rows {
         cells.push([
             r.op.clone(),
@@ -410,13 +423,18 @@ pub fn markdown(rows: &[OpRow]) -> String {
             r.reps.to_string(),
             format!("{:.1}", r.gflops),
             format!("{:.2}", r.gbytes),
+            match r.fallback {
+                0 => String::new(),
+                f => format!("{:.0}%", 100.0 * f as f64 / r.flops.max(1) as f64),
+            },
         ]);
     }
-    let width: Vec<usize> = (0..9).map(|i| cells.iter().map(|c| c[i].chars().count()).max().unwrap_or(0)).collect();
+    let width: Vec<usize> =
+        (0..COLUMNS).map(|i| cells.iter().map(|c| c[i].chars().count()).max().unwrap_or(0)).collect();
     let mut s = String::new();
     for (n, c) in cells.iter().enumerate() {
         s.push('|');
-        for i in 0..9 {
+        for i in 0..COLUMNS {
             let w = width[i];
             let _ = if i < 4 { write!(s, " {:<w$} |", c[i]) } else { write!(s, " {:>w$} |", c[i]) };
         }
@@ -448,7 +466,7 @@ mod tests {
             ..BenchOptions::default()
         };
         let mut told = 0;
-        let rows = ops(&o, &mut |_| told += 1).unwrap();
+        let rows = ops(&o, None, &mut |_| told += 1).unwrap();
         assert_eq!(told, rows.len());
         for op in [
             "attend full",
@@ -476,8 +494,10 @@ mod tests {
     #[test]
     fn the_filter_and_bad_shapes() {
         let o = BenchOptions { filter: Some("merge".into()), seconds: 0.0, ..BenchOptions::default() };
-        assert!(ops(&o, &mut |_| {}).unwrap().iter().all(|r| r.op == "merge"));
-        assert!(ops(&BenchOptions { kv_heads: 2, ..o.clone() }, &mut |_| {}).is_err());
-        assert!(ops(&BenchOptions { tokens: vec![0], ..o }, &mut |_| {}).is_err());
+        assert!(ops(&o, None, &mut |_| {}).unwrap().iter().all(|r| r.op == "merge"));
+        assert!(ops(&BenchOptions { kv_heads: 2, ..o.clone() }, None, &mut |_| {}).is_err());
+        assert!(ops(&BenchOptions { tokens: vec![0], ..o.clone() }, None, &mut |_| {}).is_err());
+        let stop = AtomicBool::new(true);
+        assert!(matches!(ops(&o, Some(&stop), &mut |_| {}), Err(LabError::Cancelled)));
     }
 }

@@ -213,6 +213,7 @@ struct PromptMeasured {
     select: Vec<f64>,
     pairs: u64,
     flops: u64,
+    fallback_flops: u64,
     failed: Option<String>,
 }
 
@@ -322,7 +323,8 @@ impl Comparison<'_> {
             let shown = if self.options.maps && l == map_length { Some(self.map_head()) } else { None };
             rows.extend(run.length(l, &groups, shown)?);
         }
-        let Run { notes, maps, .. } = run;
+        let Run { mut notes, maps, .. } = run;
+        notes.extend(fallback_note(&rows, &systems));
         let mut maps_in_order = maps;
         maps_in_order.sort_by_key(|m| m.system);
         let (layer, head) = self.map_head();
@@ -393,7 +395,7 @@ impl Run<'_, '_> {
         self.tell(format!("calibrating on {} tokens", tokens.len()))?;
         // Policies that factorise the weights weigh them by the layer's inputs.
         let inputs = self.needs.iter().any(|n| n.input_moment);
-        self.calibration = Some(self.c.model.calibrate(tokens, inputs)?);
+        self.calibration = Some(self.c.model.calibrate_until(tokens, inputs, self.cancel.clone())?);
         Ok(format!("{told}, {} tokens", tokens.len()))
     }
 
@@ -436,7 +438,6 @@ impl Run<'_, '_> {
                             if g == 0 {
                                 repeats = ((c.options.repeat_seconds / p.stats.seconds).ceil() as usize).clamp(1, 5);
                             }
-                            self.notes_of(&p);
                             if c.options.ppl {
                                 let ppl = ppl::of_prompt(c.model, &p, text)?;
                                 for &i in group.members.iter().filter(|&&i| self.roles[i] != Role::Cache) {
@@ -489,14 +490,6 @@ impl Run<'_, '_> {
             }
         }
         self.rows(l, groups, &prompts, &measured)
-    }
-
-    fn notes_of(&mut self, p: &Prompt) {
-        for f in &p.stats.fallback {
-            if !self.notes.contains(f) {
-                self.notes.push(f.clone());
-            }
-        }
     }
 
     fn stores(
@@ -593,6 +586,7 @@ impl Run<'_, '_> {
     ) -> Result<(StoreMeasured, Option<Needle>, Option<OutputError>, Option<Map>)> {
         let c = self.c;
         let session = c.model.session(prompt, &self.plans[m], self.calibration.as_ref())?;
+        let session = session.cancel_with(self.cancel.clone());
         let resident = session.resident();
         let mut error = None;
         let mut needle = None;
@@ -691,7 +685,8 @@ impl Run<'_, '_> {
         for m in members {
             self.tell(format!("{l} tokens: perplexity, {}", self.plans[m].name))?;
             let one = || -> Result<f64> {
-                let mut s = c.model.session(&prompt, &self.plans[m], self.calibration.as_ref())?;
+                let s = c.model.session(&prompt, &self.plans[m], self.calibration.as_ref())?;
+                let mut s = s.cancel_with(self.cancel.clone());
                 let last = &prompt.hidden[prompt.hidden.len() - h..];
                 ppl::of_session(c.model, &mut s, last, &c.text[from..l], ppl::PIECE)
             };
@@ -779,6 +774,7 @@ impl PromptMeasured {
         self.select.push(s.select_seconds);
         self.pairs = s.attend.pairs;
         self.flops = s.attend.flops + s.select.flops;
+        self.fallback_flops = s.attend.fallback + s.select.fallback;
     }
 
     fn summary(&self) -> Prefill {
@@ -794,10 +790,26 @@ impl PromptMeasured {
             attention_ratio: 1.0,
             pairs: self.pairs,
             flops: self.flops,
+            fallback_flops: self.fallback_flops,
             density: 1.0,
             shared: false,
         }
     }
+}
+
+/// What a reader must know when fast kernels could not serve some of the prompts' attention.
+fn fallback_note(rows: &[Row], systems: &[SystemInfo]) -> Option<String> {
+    let share = |r: &Row| r.prefill.fallback_flops as f64 / r.prefill.flops.max(1) as f64;
+    let own = || rows.iter().filter(|r| !r.prefill.shared && share(r) > 0.0);
+    let worst = own().max_by(|a, b| share(a).total_cmp(&share(b)))?;
+    Some(format!(
+        "In {} of the measured prompts part of attention ran on a slower kernel path than the one asked for: \
+         at most {:.1}% of its operations ({} at {} tokens). FOVEAL_LOG=info says why.",
+        own().count(),
+        share(worst) * 100.0,
+        systems[worst.system].name,
+        worst.length
+    ))
 }
 
 fn group_name(plans: &[Plan], g: &Group) -> String {

@@ -45,7 +45,8 @@ pub enum LabError {
     },
     /// The needle prompt cannot be made with this model's chat template.
     #[error(
-        "the chat template does not keep the message text as it is, so needles cannot be placed; leave out --needle"
+        "the chat template does not keep the message text as it is, so needles cannot be placed; \
+         compare without them (--trials 0), or evaluate ppl"
     )]
     Template,
     /// Interrupted by the caller.

@@ -175,6 +175,9 @@ pub struct Prefill {
     pub pairs: u64,
     /// FLOPs of attention, the choice included.
     pub flops: u64,
+    /// Of `flops`, those that a slower kernel path did than the one asked for.
+    #[serde(default)]
+    pub fallback_flops: u64,
     /// `pairs` over dense's.
     pub density: f64,
     /// Whether this is dense's own measurement, the system leaving the prompt alone.

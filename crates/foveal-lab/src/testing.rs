@@ -44,6 +44,7 @@ pub fn row(system: usize, length: usize, seconds: f64, speed: f64) -> Row {
             attention_ratio: seconds / dense,
             pairs: (length * length) as u64 * 15,
             flops: 1000,
+            fallback_flops: 0,
             density: if seconds == dense { 1.0 } else { 0.5 },
             shared: false,
         },

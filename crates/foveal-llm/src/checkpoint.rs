@@ -262,7 +262,7 @@ impl Checkpoint {
     pub fn describe(&self) -> String {
         let c = &self.config;
         let name = match &self.source {
-            Source::Gguf(g) => g.get_str("general.name").ok().flatten().map(str::to_owned),
+            Source::Gguf(g) => gguf_title(&self.path, g.get_str("general.name").ok().flatten()),
             Source::Hf(h) => h.folder().file_name().map(|n| n.to_string_lossy().into_owned()),
         }
         .unwrap_or_else(|| self.path.display().to_string());
@@ -279,6 +279,18 @@ impl Checkpoint {
             self.source_dtype("model.layers.0.mlp.down_proj.weight"),
             self.file_bytes() as f64 / 1e6,
         )
+    }
+}
+
+/// What people call a GGUF file: the name it was published under. Many files carry in `general.name`
+/// whatever the converter was told, so the file name counts first, unless it is one that any file has.
+fn gguf_title(path: &Path, name: Option<&str>) -> Option<String> {
+    let stem = path.file_stem()?.to_string_lossy().into_owned();
+    let any = ["model", "ggml-model", "gguf", "weights", "sha256-"];
+    let name = name.map(|n| n.split_whitespace().collect::<Vec<_>>().join(" ")).filter(|n| !n.is_empty());
+    match name {
+        Some(n) if any.iter().any(|a| stem.to_lowercase().starts_with(a)) => Some(n),
+        _ => Some(stem),
     }
 }
 
@@ -532,4 +544,19 @@ fn gguf_config(g: &Gguf) -> Result<ModelConfig> {
     };
     config.validate().map_err(|(key, value, need)| bad(key, value, need))?;
     Ok(config)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gguf_file_is_called_by_its_file_name_unless_that_says_nothing() {
+        let title = |path: &str, name| gguf_title(Path::new(path), name).unwrap();
+        let odd = Some("Smollm2 135M 8k Lc100K Mix1 Ep2");
+        assert_eq!(title("x/SmolLM2-135M-Instruct.Q4_1.gguf", odd), "SmolLM2-135M-Instruct.Q4_1");
+        assert_eq!(title("x/ggml-model-q4_0.gguf", Some(" Tiny\n Llama ")), "Tiny Llama");
+        assert_eq!(title("x/model.gguf", None), "model");
+        assert_eq!(title("x/model.gguf", Some("  ")), "model");
+    }
 }

@@ -35,7 +35,7 @@ pub enum StopReason {
     StopString(String),
     /// `max_tokens` were drawn.
     Length,
-    /// The callback asked to stop.
+    /// The callback asked to stop, or the session was interrupted.
     Cancelled,
 }
 
@@ -104,7 +104,13 @@ pub fn generate(
         }
         // The last token needs no step: nothing is drawn after it.
         if out.tokens.len() < options.max_tokens {
-            let step = session.extend(&[token])?;
+            let step = match session.extend(&[token]) {
+                Err(LlmError::Interrupted) => {
+                    out.stop_reason = StopReason::Cancelled;
+                    break;
+                }
+                step => step?,
+            };
             out.stats.add(&step.stats);
             hidden = step.hidden;
         }

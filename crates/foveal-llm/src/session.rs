@@ -1,12 +1,13 @@
 //! A sequence being decoded: one cache per layer, filled from a prompt and stepped token by token.
 
 use crate::error::{LlmError, Result};
-use crate::model::{LayerKv, Model, Prompt, Scratch, Stats, difference, rms_norm_row, room};
+use crate::model::{LayerKv, Model, Prompt, Scratch, Stats, difference, interrupted, rms_norm_row, room};
 use candle_core::{Device, Tensor};
 use foveal::cache::{LayerCache, Resident, Step};
 use foveal::prim::rope::Rope;
 use foveal::prim::{AttendOptions, attend};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 /// What [`Session::extend`] returns.
@@ -33,6 +34,8 @@ pub struct Session<'m> {
     probe: Option<Arc<Vec<LayerKv>>>,
     /// A step failed half-way: layers disagree about the tokens they hold.
     broken: bool,
+    /// Set to stop at the next layer.
+    cancel: Option<Arc<AtomicBool>>,
 }
 
 impl<'m> Session<'m> {
@@ -46,7 +49,15 @@ impl<'m> Session<'m> {
             heads: Default::default(),
             probe: None,
             broken: false,
+            cancel: None,
         }
+    }
+
+    /// Watch `cancel`: once it is set, the next layer of a step of this session or of its forks
+    /// ends in [`LlmError::Interrupted`].
+    pub fn cancel_with(mut self, cancel: Option<Arc<AtomicBool>>) -> Self {
+        self.cancel = cancel;
+        self
     }
 
     pub(crate) fn fill(&mut self, layer: usize, prompt: &foveal::cache::Prompt) -> Result<()> {
@@ -74,7 +85,7 @@ impl<'m> Session<'m> {
         let mut s = Session::new(self.model, caches, self.pre.clone(), self.len);
         s.probe = self.probe.clone();
         s.broken = self.broken;
-        s
+        s.cancel_with(self.cancel.clone())
     }
 
     /// Bytes held by all caches, measured from their allocations.
@@ -116,8 +127,8 @@ impl<'m> Session<'m> {
     /// Append `tokens` and run them at once, causally.
     ///
     /// # Errors
-    /// No token, a token outside the vocabulary, or a cache that refused the step; after the
-    /// last the session cannot go on.
+    /// No token, a token outside the vocabulary, a cache that refused the step, or an interruption;
+    /// after the last two the session cannot go on.
     pub fn extend(&mut self, tokens: &[u32]) -> Result<Extended> {
         if self.broken {
             return Err(LlmError::Input { problem: "an earlier step of this session failed; start it again".into() });
@@ -144,6 +155,9 @@ impl<'m> Session<'m> {
         let mut out = Extended { stats: Stats { tokens: n, ..Stats::default() }, ..Extended::default() };
         let mut untimed = 0f64;
         for l in 0..c.num_layers {
+            if interrupted(self.cancel.as_deref()) {
+                return Err(LlmError::Interrupted);
+            }
             let layer = &model.layers[l];
             model.project(l, &x, n, &mut self.scratch)?;
             let rows = &self.scratch.qkv[..n * width];

@@ -310,6 +310,15 @@ fn search_keeps_the_budget_and_returns_the_nearest_candidate() {
     let within = found.tried.iter().filter(|c| c.cost <= 0.42);
     assert!(within.clone().all(|c| c.error >= found.best.error), "{found:?}");
     assert!(found.best.cost <= 0.42, "{found:?}");
+    // A limit that no pattern meets leaves the head dense; an infinite one takes the best of them.
+    let limit = |max_error| {
+        let options = minference::SearchOptions { max_error, ..options.clone() };
+        minference::search(&case.problem(), &v, &options).expect("a search")
+    };
+    let dense = limit(found.best.error / 2.0);
+    assert_eq!((dense.best.config.pattern, dense.best.cost), (minference::Pattern::Dense, 1.0));
+    assert_eq!(dense.tried, found.tried);
+    assert_eq!(limit(f64::INFINITY).best, found.tried[0]);
     // The plan's spelling builds the same system.
     let spec = found.best.config.spec().to_string();
     let (a, _) = case.select(&spec);

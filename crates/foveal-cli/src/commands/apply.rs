@@ -1,6 +1,7 @@
 //! `foveal apply`.
 
 use super::print_json;
+use crate::Context;
 use crate::cli::ApplyArgs;
 use crate::error::{CliError, Result};
 use crate::files;
@@ -18,7 +19,7 @@ use std::path::Path;
 /// The mask is one byte a pair; above this it is refused before it is allocated.
 const MASK_LIMIT: u64 = 4 << 30;
 
-pub fn run(a: &ApplyArgs, out: &mut dyn Write) -> Result {
+pub fn run(a: &ApplyArgs, ctx: &Context, out: &mut dyn Write) -> Result {
     let mut spec: Spec = a.id.parse()?;
     for (name, value) in &a.set {
         spec.params.insert(name.clone(), parse_value(value));
@@ -55,6 +56,9 @@ pub fn run(a: &ApplyArgs, out: &mut dyn Write) -> Result {
         }
     }
     let done = apply_prefill(&spec.id, &system, &q, &k, &v, a.scale, a.causal)?;
+    if ctx.cancelled() {
+        return Err(CliError::Arguments("interrupted; nothing was written".into()));
+    }
     let d = q.dims().last().copied().unwrap_or(1);
     let scale = a.scale.unwrap_or(1.0 / (d as f32).sqrt());
 
@@ -75,7 +79,7 @@ pub fn run(a: &ApplyArgs, out: &mut dyn Write) -> Result {
     for p in params {
         effective.insert(p.name.into(), spec.params.get(p.name).cloned().unwrap_or(p.default));
     }
-    let work = |w: foveal::Work| json!({"flops": w.flops, "bytes": w.bytes, "tiles": w.tiles, "pairs": w.pairs});
+    let work = |w: foveal::Work| json!({"flops": w.flops, "bytes": w.bytes, "tiles": w.tiles, "pairs": w.pairs, "fallback": w.fallback});
     let (visited, dense) = (done.visited_pairs(), done.dense_pairs());
     print_json(
         out,

@@ -23,7 +23,8 @@ pub fn run(a: &BenchOpsArgs, ctx: &Context, out: &mut dyn Write) -> Result {
         seed: a.seed,
     };
     let progress = Progress::new(ctx);
-    let rows = bench::ops(&options, &mut |row| progress.at(0.0, &format!("{} {}", row.op, row.shape)))?;
+    let rows =
+        bench::ops(&options, Some(&ctx.cancel), &mut |row| progress.at(0.0, &format!("{} {}", row.op, row.shape)))?;
     drop(progress);
     if rows.is_empty() {
         return Err(CliError::Arguments(format!(

@@ -8,7 +8,7 @@ use crate::models;
 use crate::progress::Progress;
 use foveal::Spec;
 use foveal::prim::kv::KvDtype;
-use foveal::sparse::minference::{MInference, SearchOptions, search};
+use foveal::sparse::minference::{Candidate, Pattern, SearchOptions, search};
 use foveal::sparse::{HeadProblem, Mat};
 use foveal_llm::model::Recorded;
 use foveal_llm::plan::DENSE;
@@ -19,10 +19,15 @@ use std::io::Write;
 
 /// Memory for recorded queries and keys of one pass over the model.
 const RECORD_BYTES: usize = 512 << 20;
+/// Layers whose heads the warning names one by one.
+const NAMED_LAYERS: usize = 8;
 
 pub fn run(a: &PlanArgs, ctx: &Context, out: &mut dyn Write) -> Result {
     if !(a.budget > 0.0 && a.budget <= 1.0) {
         return Err(CliError::Arguments(format!("--budget {}: give a share above 0 and up to 1", a.budget)));
+    }
+    if a.max_error.is_nan() || a.max_error < 0.0 {
+        return Err(CliError::Arguments(format!("--max-error {}: give a number of 0 or more", a.max_error)));
     }
     if a.length < 256 {
         return Err(CliError::Arguments(format!("--length {}: patterns need at least 256 tokens to show", a.length)));
@@ -42,9 +47,9 @@ pub fn run(a: &PlanArgs, ctx: &Context, out: &mut dyn Write) -> Result {
     let (heads, group) = (config.num_heads, config.num_heads / config.num_kv_heads);
     let (t, d) = (a.length, config.head_dim);
     let layers_a_pass = (RECORD_BYTES / (heads * 2 * t * d * 4).max(1)).max(1);
-    let options = SearchOptions { budget: a.budget, ..SearchOptions::default() };
+    let options = SearchOptions { budget: a.budget, max_error: a.max_error, ..SearchOptions::default() };
     let progress = Progress::new(ctx);
-    let mut chosen: Vec<(usize, usize, MInference, f64)> = Vec::new();
+    let mut chosen: Vec<Choice> = Vec::new();
     for from in (0..config.num_layers).step_by(layers_a_pass) {
         let to = (from + layers_a_pass).min(config.num_layers);
         progress.at(from as f64 / config.num_layers as f64, &format!("recording layers {from} to {}", to - 1));
@@ -76,8 +81,8 @@ pub fn run(a: &PlanArgs, ctx: &Context, out: &mut dyn Write) -> Result {
                         layer,
                         head: r.head,
                     };
-                    let best = search(&problem, &Mat::new(v, t, d, d), &options)?.best;
-                    Ok(Some((layer, r.head, best.config, best.error)))
+                    let found = search(&problem, &Mat::new(v, t, d, d), &options)?;
+                    Ok(Some(Choice { layer, head: r.head, best: found.best, sparse: found.tried[0].error }))
                 })
                 .collect::<std::result::Result<Vec<_>, foveal::Error>>()?;
             chosen.extend(found.into_iter().flatten());
@@ -90,32 +95,98 @@ pub fn run(a: &PlanArgs, ctx: &Context, out: &mut dyn Write) -> Result {
     let plan = plan_of(&chosen, a)?;
     plan.check(config)?;
     let text = plan.to_toml();
+    if let Some(warning) = warning(&chosen, a) {
+        ctx.remark(&warning);
+    }
     match &a.out {
-        None => write!(out, "{text}")?,
+        None => {
+            write!(out, "{text}")?;
+            ctx.remark(&summary(&chosen));
+        }
         Some(path) => {
             files::write_whole(path, text.as_bytes())?;
-            let mean = chosen.iter().map(|c| c.3).sum::<f64>() / chosen.len().max(1) as f64;
-            writeln!(
-                out,
-                "{}: {} heads at {} of dense cost, mean error of the attention output {mean:.3}; {}",
-                path.display(),
-                chosen.len(),
-                a.budget,
-                patterns(&chosen)
-            )?;
+            writeln!(out, "{}: {}", path.display(), summary(&chosen))?;
         }
     }
     Ok(())
 }
 
+/// What the search found for one head.
+struct Choice {
+    layer: usize,
+    head: usize,
+    /// What the plan gives it.
+    best: Candidate,
+    /// Relative output error of its best sparse pattern.
+    sparse: f64,
+}
+
+impl Choice {
+    /// Every pattern within the budget was too far from exact attention.
+    fn fell_back(&self) -> bool {
+        self.best.config.pattern == Pattern::Dense
+    }
+}
+
+fn mean(x: impl ExactSizeIterator<Item = f64>) -> f64 {
+    let n = x.len().max(1);
+    x.sum::<f64>() / n as f64
+}
+
+/// One line: heads, cost, error, patterns.
+fn summary(chosen: &[Choice]) -> String {
+    format!(
+        "{} heads at {:.2} of dense cost, mean error of the attention output {:.3}; {}",
+        chosen.len(),
+        mean(chosen.iter().map(|c| c.best.cost)),
+        mean(chosen.iter().map(|c| c.best.error)),
+        patterns(chosen)
+    )
+}
+
+/// Which heads stay dense and what to do about it.
+fn warning(chosen: &[Choice], a: &PlanArgs) -> Option<String> {
+    let fallen: Vec<&Choice> = chosen.iter().filter(|c| c.fell_back()).collect();
+    let worst = fallen.iter().max_by(|a, b| a.sparse.total_cmp(&b.sparse))?;
+    let mut layers: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+    fallen.iter().for_each(|c| layers.entry(c.layer).or_default().push(c.head));
+    let mut named: Vec<String> = layers
+        .iter()
+        .map(|(l, heads)| {
+            let heads: Vec<String> = heads.iter().map(usize::to_string).collect();
+            format!("{l}: {}", heads.join(" "))
+        })
+        .collect();
+    if named.len() > NAMED_LAYERS {
+        let left = named.len() - NAMED_LAYERS;
+        named.truncate(NAMED_LAYERS);
+        named.push(format!("and {left} more layers"));
+    }
+    Some(format!(
+        "warning: {} of {} heads stay dense: at {} tokens their best pattern within --budget {} has a mean relative \
+         output error of {:.2} (worst {:.2}, layer {} head {}), above --max-error {}. Raise --budget, or search on a \
+         longer text with a larger --length. Layers and heads: {}",
+        fallen.len(),
+        chosen.len(),
+        a.length,
+        a.budget,
+        mean(fallen.iter().map(|c| c.sparse)),
+        worst.sparse,
+        worst.layer,
+        worst.head,
+        a.max_error,
+        named.join("; ")
+    ))
+}
+
 /// Rules that give each head its configuration, heads of one layer with the same one together.
-fn plan_of(chosen: &[(usize, usize, MInference, f64)], a: &PlanArgs) -> Result<Plan> {
+fn plan_of(chosen: &[Choice], a: &PlanArgs) -> Result<Plan> {
     let mut plan = Plan::of(&Spec::new("minference"), &Spec::new(DENSE), KvDtype::default());
     plan.name = format!("minference, searched at {} tokens, budget {}", a.length, a.budget);
     let mut groups: BTreeMap<(usize, String), (Spec, Vec<usize>)> = BTreeMap::new();
-    for (layer, head, config, _) in chosen {
-        let spec = spec_of(config)?;
-        groups.entry((*layer, spec.to_string())).or_insert_with(|| (spec, Vec::new())).1.push(*head);
+    for c in chosen {
+        let spec = if c.fell_back() { Spec::new(DENSE) } else { c.best.config.spec() };
+        groups.entry((c.layer, spec.to_string())).or_insert_with(|| (spec, Vec::new())).1.push(c.head);
     }
     for ((layer, _), (spec, heads)) in groups {
         plan.rules.push(Rule { layers: vec![layer], heads: Some(heads), prefill: Some(spec), cache: None });
@@ -123,24 +194,11 @@ fn plan_of(chosen: &[(usize, usize, MInference, f64)], a: &PlanArgs) -> Result<P
     Ok(plan)
 }
 
-/// The parameters in which a configuration differs from the defaults.
-fn spec_of(config: &MInference) -> Result<Spec> {
-    let fields = |c: &MInference| match serde_json::to_value(c) {
-        Ok(serde_json::Value::Object(m)) => Ok(m),
-        Ok(_) => Ok(serde_json::Map::new()),
-        Err(e) => Err(CliError::from(std::io::Error::from(e))),
-    };
-    let default = fields(&MInference::default())?;
-    let mut spec = Spec::new("minference");
-    spec.params = fields(config)?.into_iter().filter(|(k, v)| default.get(k) != Some(v)).collect();
-    Ok(spec)
-}
-
 /// How many heads got which pattern.
-fn patterns(chosen: &[(usize, usize, MInference, f64)]) -> String {
+fn patterns(chosen: &[Choice]) -> String {
     let mut count: BTreeMap<String, usize> = BTreeMap::new();
     for c in chosen {
-        let name = serde_json::to_value(c.2.pattern).ok();
+        let name = serde_json::to_value(c.best.config.pattern).ok();
         *count.entry(name.as_ref().and_then(|v| v.as_str()).unwrap_or("other").to_string()).or_default() += 1;
     }
     count.iter().map(|(name, n)| format!("{n} {name}")).collect::<Vec<_>>().join(", ")

@@ -59,8 +59,11 @@ pub fn run(a: &RunArgs, ctx: &Context, out: &mut dyn Write) -> Result {
         writeln!(out)?;
         out.flush()?;
     }
-    for f in &prompt.stats.fallback {
-        ctx.remark(&format!("note: {f}"));
+    if prompt.stats.fallback() > 0.0 {
+        ctx.remark(&format!(
+            "note: {:.1}% of the prompt's attention ran on a slower kernel path than asked for; FOVEAL_LOG=info says why",
+            prompt.stats.fallback() * 100.0
+        ));
     }
     let why = match &done.stop_reason {
         StopReason::EndOfSequence(_) => "the model ended its turn".to_string(),

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use foveal::cache::LayerCalibration;
 use foveal_kernels::elementwise;
 use rayon::prelude::*;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 /// Statistics of every layer.
@@ -24,10 +25,24 @@ impl Model {
     /// # Errors
     /// As [`Model::prefill`].
     pub fn calibrate(&self, tokens: &[u32], input_moment: bool) -> Result<Calibration> {
+        self.calibrate_until(tokens, input_moment, None)
+    }
+
+    /// As [`Model::calibrate`]; once `cancel` is set, the next layer ends in
+    /// [`LlmError::Interrupted`](crate::LlmError::Interrupted).
+    ///
+    /// # Errors
+    /// As [`Model::prefill`], and the interruption.
+    pub fn calibrate_until(
+        &self,
+        tokens: &[u32],
+        input_moment: bool,
+        cancel: Option<Arc<AtomicBool>>,
+    ) -> Result<Calibration> {
         let c = self.config();
         let plan = Plan::dense().resolve(c)?;
         let d = c.head_dim;
-        let o = PrefillOptions { capture_pre: true, logits: LogitsFor::None, ..Default::default() };
+        let o = PrefillOptions { capture_pre: true, logits: LogitsFor::None, cancel, ..Default::default() };
         let inputs = Mutex::new(Vec::new());
         let mut layers = Vec::with_capacity(c.num_layers);
         let watch = |x: &[f32], layer: usize| -> Result<()> {

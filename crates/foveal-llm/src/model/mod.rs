@@ -29,7 +29,7 @@ use rayon::prelude::*;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Rows that the linear layers take at once: enough to reuse weights, few enough that a block's
 /// MLP activations stay in the last-level cache.
@@ -173,8 +173,6 @@ pub struct Stats {
     pub select: Work,
     /// Tokens processed.
     pub tokens: usize,
-    /// What was asked for and served another way.
-    pub fallback: Vec<String>,
 }
 
 impl Stats {
@@ -191,11 +189,12 @@ impl Stats {
         self.attend += o.attend;
         self.select += o.select;
         self.tokens += o.tokens;
-        for f in &o.fallback {
-            if !self.fallback.contains(f) {
-                self.fallback.push(f.clone());
-            }
-        }
+    }
+
+    /// Share of attention's operations that a slower path did than the one asked for, 0 to 1.
+    pub fn fallback(&self) -> f64 {
+        let work = self.attend + self.select;
+        if work.flops > 0 { work.fallback as f64 / work.flops as f64 } else { 0.0 }
     }
 }
 
@@ -279,6 +278,11 @@ enum Embedding {
     Bf16(Vec<bf16>),
 }
 
+/// Whether the caller asked to stop.
+pub(crate) fn interrupted(cancel: Option<&AtomicBool>) -> bool {
+    cancel.is_some_and(|c| c.load(Ordering::Relaxed))
+}
+
 /// A loaded model.
 pub struct Model {
     config: Arc<ModelConfig>,
@@ -303,10 +307,20 @@ impl Model {
     /// # Errors
     /// A missing, misshapen or non-finite tensor.
     pub fn load(ck: &Checkpoint, o: &LoadOptions) -> Result<Model> {
+        Self::load_until(ck, o, None)
+    }
+
+    /// As [`Model::load`]; once `cancel` is set, the next tensor ends in [`LlmError::Interrupted`].
+    ///
+    /// # Errors
+    /// As [`Model::load`], and the interruption.
+    pub fn load_until(ck: &Checkpoint, o: &LoadOptions, cancel: Option<&AtomicBool>) -> Result<Model> {
         let c = ck.config().clone();
         let (h, inter) = (c.hidden_size, c.intermediate_size);
         let (q_rows, kv_rows) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
-        let get = |name: &str| ck.tensor(name).map(|t| t.data);
+        let get = |name: &str| {
+            if interrupted(cancel) { Err(LlmError::Interrupted) } else { ck.tensor(name).map(|t| t.data) }
+        };
         let join = |names: &[String]| -> Result<Vec<f32>> {
             let mut out = Vec::new();
             for n in names {
@@ -431,7 +445,8 @@ impl Model {
     }
 
     /// Run a prompt and fill the caches layer by layer, without keeping all layers' dense keys
-    /// and values at once. The returned prompt has no `kv` unless `o.capture`.
+    /// and values at once. The returned prompt has no `kv` unless `o.capture`; the session watches
+    /// `o.cancel`.
     ///
     /// # Errors
     /// As [`Model::prefill`] and [`Model::session`].
@@ -443,7 +458,7 @@ impl Model {
         o: &PrefillOptions,
     ) -> Result<(Session<'_>, Prompt)> {
         let resolved = plan.resolve(&self.config)?;
-        let mut session = self.empty_session(&resolved, plan, tokens.len(), calib)?;
+        let mut session = self.empty_session(&resolved, plan, tokens.len(), calib)?.cancel_with(o.cancel.clone());
         let prompt =
             self.run_prompt(tokens, &resolved, o, resolved.needs().pre_rotation, |l, kv| session.fill(l, kv))?;
         Ok((session, prompt))

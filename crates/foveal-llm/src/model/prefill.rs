@@ -5,7 +5,8 @@
 //! f32 (unless captured), and nothing is copied from chunk to chunk.
 
 use super::{
-    AttentionDtype, LayerKv, LogitsFor, Model, OBSERVED, PrefillOptions, Prompt, ROWS, Recorded, Scratch, Stats, ops,
+    AttentionDtype, LayerKv, LogitsFor, Model, OBSERVED, PrefillOptions, Prompt, ROWS, Recorded, Scratch, Stats,
+    interrupted, ops,
 };
 use crate::error::{LlmError, Result};
 use crate::plan::Resolved;
@@ -16,7 +17,6 @@ use foveal::prim::{AttendOptions, Attended, attend, attend_selected};
 use foveal::sparse::{HeadProblem, HeadSelection, Mat, Selector};
 use rayon::prelude::*;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 /// q, k and v of a whole prompt in one layer.
@@ -114,7 +114,7 @@ impl Model {
             stats.attention_seconds += attention.elapsed().as_secs_f64();
             let (mut error, mut norm) = (0f64, 0f64);
             for (i, from) in (0..t).step_by(chunk).enumerate() {
-                if o.cancel.as_ref().is_some_and(|c| c.load(Ordering::Relaxed)) {
+                if interrupted(o.cancel.as_deref()) {
                     return Err(LlmError::Interrupted);
                 }
                 let n = chunk.min(t - from);

@@ -276,11 +276,14 @@ pub struct SearchOptions {
     /// Cost of a pair visited as a single key over that of a pair inside a block: how much dearer
     /// gathering is on this machine's kernels.
     pub gather_cost: f64,
+    /// Largest relative output error that a pattern may have; a head whose every pattern is worse
+    /// stays dense, whatever that costs. Infinity takes the best pattern in any case.
+    pub max_error: f64,
 }
 
 impl Default for SearchOptions {
     fn default() -> Self {
-        Self { budget: 0.3, gather_cost: 1.3 }
+        Self { budget: 0.3, gather_cost: 1.3, max_error: 0.5 }
     }
 }
 
@@ -298,9 +301,10 @@ pub struct Candidate {
 /// Result of [`search`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Found {
-    /// The candidate of least error.
+    /// What the head should use: the first of `tried`, or dense attention where that is worse than
+    /// [`SearchOptions::max_error`].
     pub best: Candidate,
-    /// All candidates, in order of error.
+    /// All candidates, those within the budget first, in order of error.
     pub tried: Vec<Candidate>,
 }
 
@@ -320,7 +324,7 @@ pub fn cost(config: &MInference, p: &HeadProblem, dv: usize, gather_cost: f64) -
 
 /// The offline pattern search for one head on a calibration prompt: of several patterns and
 /// ratios of sizes, each scaled to the same cost, the one whose output is nearest to exact
-/// attention. `v` is (Tk, Dv). The prompt should be of the length at which the plan will run, or
+/// attention, or dense if even that is too far off. `v` is (Tk, Dv). The prompt should be of the length at which the plan will run, or
 /// near it; 2,048 tokens and more tell the patterns apart.
 pub fn search(p: &HeadProblem, v: &Mat, options: &SearchOptions) -> Result<Found> {
     let (tq, tk) = (p.q.rows, p.k.rows);
@@ -380,7 +384,11 @@ pub fn search(p: &HeadProblem, v: &Mat, options: &SearchOptions) -> Result<Found
     // A candidate whose smallest form is over the budget does not compete with those within it.
     let over = |c: &Candidate| c.cost > options.budget * 1.05;
     tried.sort_by(|a, b| over(a).cmp(&over(b)).then(a.error.total_cmp(&b.error)));
-    let best = tried[0].clone();
+    let best = if tried[0].error <= options.max_error {
+        tried[0].clone()
+    } else {
+        Candidate { config: MInference { pattern: Pattern::Dense, ..MInference::default() }, error: 0.0, cost: 1.0 }
+    };
     Ok(Found { best, tried })
 }
 
@@ -417,6 +425,9 @@ pub const CARD: Card = Card {
         "The authors' search scores by recall (v1) or by the number of outputs off by 0.005 (v2) and stores \
          block-sparse and a-shape heads as vertical-slash; here the score is the relative output error, and the \
          pattern found is the pattern used.",
+        "The authors' search takes a head's best pattern however bad it is (only whole layers below `starting_layer` \
+         stay dense). Within a fixed budget a short prompt can leave nothing but bad ones: here a head whose best \
+         pattern has a relative output error above 0.5 (--max-error) stays dense, and the plan says so.",
     ],
     params: params_of::<MInference>,
     build,
