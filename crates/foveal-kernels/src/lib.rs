@@ -9,6 +9,7 @@
 #![warn(missing_docs)]
 
 pub mod attend;
+pub mod conv;
 pub mod decode;
 mod dispatch;
 pub mod elementwise;
