@@ -16,6 +16,7 @@ pub mod elementwise;
 pub mod error;
 pub mod exp;
 mod fallback;
+pub mod feature;
 pub mod indexed;
 pub mod isa;
 mod lanes;
