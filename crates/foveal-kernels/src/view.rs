@@ -154,6 +154,14 @@ unsafe impl<T: Send> Sync for Rows<'_, T> {}
 unsafe impl<T: Send> Send for Rows<'_, T> {}
 
 impl<T> Rows<'_, T> {
+    /// Where the row of token `t` starts, for tasks that share a row.
+    #[inline]
+    pub(crate) fn row_ptr(&self, b: usize, h: usize, t: usize) -> *mut T {
+        assert!(b < self.shape[0] && h < self.shape[1] && t < self.shape[2]);
+        // In bounds by the constructor's span check.
+        self.ptr.wrapping_add(b * self.strides[0] + h * self.strides[1] + t * self.strides[2])
+    }
+
     /// Row of token `t`.
     ///
     /// # Safety
