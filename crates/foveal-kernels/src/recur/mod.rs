@@ -777,7 +777,7 @@ impl<T: Element> Inputs<'_, T> {
         let vectors = 2 * d + dv + if low_rank { 2 * d } else { 0 };
         let gate = self.call.gate.width(self.plan.d, self.plan.dv) as u64;
         let bytes = n * (element * vectors + 4 * gate + if output { 4 * dv } else { 0 });
-        Work { flops, bytes, tiles: 1, pairs: scores }
+        Work { flops, bytes, tiles: 1, pairs: scores, fallback: 0 }
     }
 
     /// Work of a backward chunk besides the forward pass that keeps the states.

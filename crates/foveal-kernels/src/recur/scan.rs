@@ -184,6 +184,7 @@ impl<'a, T: Element> Block<'a, T> {
             bytes: tokens * (element * (2 * d + n) + 8 * n),
             tiles: tokens.div_ceil(SPAN as u64),
             pairs: 0,
+            fallback: 0,
         }
     }
 }

@@ -155,6 +155,7 @@ pub(super) unsafe fn run<T: Element>(
             bytes: element * vectors + 4 * (x.call.gate.width(d as usize, dv as usize) as u64 + dv + 2 * d * dv),
             tiles: 0,
             pairs: 0,
+            fallback: 0,
         };
     }
     work
