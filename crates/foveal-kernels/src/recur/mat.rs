@@ -305,7 +305,7 @@ unsafe fn block_on<S: Simd>(
     // As many accumulators as there are registers beside a row of B and a broadcast.
     macro_rules! rows {
         ($mr:literal, $nv:literal, $j:ident, $r:ident) => {
-            while $r + $mr <= m {
+            while m - $r >= $mr {
                 let (a, c) = (a.add($r * strides[0]), c.add($r * ldc + $j));
                 registers::<S, $mr, $nv>(k, a, strides, b.add($j), ldb, c, ldc, alpha, add);
                 $r += $mr;
