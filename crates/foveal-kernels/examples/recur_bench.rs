@@ -130,8 +130,7 @@ fn resident() -> f64 {
     pages * 4096.0 / (1 << 20) as f64
 }
 
-/// Scalar decay at rising lengths: the same 8,192 tokens of input read again and again (a stride of 0
-/// cannot do that for a sequence, so as pieces with the state handed on), and at 1M tokens at once.
+/// Scalar decay of one head (so on one thread) at rising lengths, up to 1M tokens in one call.
 fn long() {
     println!("scalar decay, one head, whole sequence in one call");
     for t in [8192usize, 65_536, 1 << 20] {

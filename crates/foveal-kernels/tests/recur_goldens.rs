@@ -54,7 +54,6 @@ fn gates_match_their_papers() {
             View::contiguous("operand", x, [1, h, t, x.len() / (h * t)]).unwrap()
         }
         let view = |x| view(x, h, t);
-        // In RWKV-7's S (diag(w) + bᵀ a), state (value, key), a reads and b writes; here it is the other way.
         let built = match gate {
             "identity" => Gate::Identity,
             "scalar" => Gate::Scalar { g: view(&g) },

@@ -20,6 +20,7 @@
 use super::mat::{Engine, Mat, Op, PAD, Ref, Tri};
 use super::rows::{self, Diagonal, Factor};
 use crate::exp::{self, Fun};
+use crate::isa::Isa;
 
 /// Tokens of a chunk.
 pub(super) const CHUNK: usize = 64;
@@ -422,7 +423,7 @@ impl Chunk {
 
     /// S ← S after the chunk.
     pub(super) fn advance(&mut self, eng: &mut Engine, s: &mut Mat) {
-        self.decay_state(s);
+        self.decay_state(eng.isa, s);
         let rows = s.rows;
         // The state carries its errors on.
         let split = std::mem::replace(&mut eng.split, true);
@@ -434,18 +435,18 @@ impl Chunk {
     }
 
     /// S ← e^{G_C} S.
-    fn decay_state(&self, s: &mut Mat) {
+    fn decay_state(&self, isa: Isa, s: &mut Mat) {
         let last = self.np - 1;
         match self.decay {
             Decay::None => {}
             Decay::Scalar => {
                 let e = self.from_start_row[last];
-                s.all_mut().iter_mut().for_each(|x| *x *= e);
+                rows::times(isa, s.all_mut(), e);
             }
             Decay::Channel => {
                 for i in 0..s.rows {
                     let e = self.from_start.row(last)[i];
-                    s.row_mut(i).iter_mut().for_each(|x| *x *= e);
+                    rows::times(isa, s.row_mut(i), e);
                 }
             }
         }
@@ -528,7 +529,7 @@ impl Chunk {
         // The state before.
         b.ds.all_mut().copy_from_slice(ds.all());
         std::mem::swap(&mut b.ds, ds);
-        self.decay_state(ds);
+        self.decay_state(isa, ds);
         for r in 0..readers {
             self.reader_from_start(eng, r);
             let given = if r == 0 { self.out.top(np) } else { b.seen.top(np) };

@@ -22,6 +22,8 @@
 //! f32. Everything else is computed in f32.
 
 mod chunk;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod fast;
 mod mat;
 mod rows;
 mod scan;
@@ -80,8 +82,8 @@ pub enum Gate<'a, T> {
         /// (B, heads, T, 1).
         beta: View<'a, f32>,
     },
-    /// S_t = (diag(e^g) + a bᵀ) S_{t−1} + k vᵀ (RWKV-7: Peng et al. 2025, arXiv 2503.14456, whose a is
-    /// −κ̂ ⊙ its in-context learning rate here, with b = κ̂, up to which of the two carries the sign).
+    /// S_t = (diag(e^g) + a bᵀ) S_{t−1} + k vᵀ: b reads before the decay, a writes (RWKV-7: Peng et al. 2025, arXiv
+    /// 2503.14456, with b = κ̂ and a = −κ̂ ⊙ its in-context learning rate).
     LowRank {
         /// (B, heads, T, D), ≤ 0.
         g: View<'a, f32>,
@@ -345,7 +347,14 @@ impl<'a, T: Element> Recur<'a, T> {
             let (i, h) = (task / p.heads, task % p.heads);
             let state = initial.map(|s| &s[task * size..][..size]);
             // SAFETY: one task a (sequence, head): its rows and its state are nobody else's.
-            unsafe { x.forward(i, h, state, Some(&out), last.as_ref().map(|s| s.part(task * size, size)), None) }
+            unsafe {
+                let last = last.as_ref().map(|s| s.part(task * size, size));
+                #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+                if x.suits_fast() {
+                    return x.forward_fast(i, h, state, &out, last);
+                }
+                x.forward(i, h, state, Some(&out), last, None)
+            }
         };
         Ok((0..tasks).into_par_iter().with_max_len(1).map(run).sum())
     }
@@ -665,6 +674,76 @@ impl<T: Element> Inputs<'_, T> {
         }
         if let Some(last) = last {
             take_state(&s, last, dv);
+        }
+        work.bytes += 4 * (d * dv) as u64 * (u64::from(initial.is_some()) + 1);
+        work
+    }
+
+    /// Whether the kernel for identity and scalar decay in bf16 serves the call.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    fn suits_fast(&self) -> bool {
+        let add = matches!(self.call.gate.kind(), Some((Decay::None | Decay::Scalar, Rule::Add, _)));
+        add && TypeId::of::<T>() == TypeId::of::<half::bf16>() && self.call.isa.min(Isa::detect()) == Isa::Amx
+    }
+
+    /// [`Inputs::forward`] by that kernel.
+    ///
+    /// # Safety
+    /// Nobody else holds the head's rows of `out`; [`Inputs::suits_fast`].
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    unsafe fn forward_fast(
+        &self,
+        i: usize,
+        h: usize,
+        initial: Option<&[f32]>,
+        out: &Rows<f32>,
+        last: Option<&mut [f32]>,
+    ) -> Work {
+        let (b, tokens) = &self.plan.sequences[i];
+        let (d, dv) = (self.plan.d, self.plan.dv);
+        // SAFETY: the machine has AMX, and the value stays in this function.
+        let mut kernel = unsafe { fast::Fast::new(d, dv) };
+        if let Some(initial) = initial {
+            for (i, row) in initial.chunks_exact(dv.max(1)).enumerate() {
+                kernel.state_row(i).copy_from_slice(row);
+            }
+        }
+        let mut work = Work::default();
+        for from in tokens.clone().step_by(CHUNK) {
+            let n = (tokens.end - from).min(CHUNK);
+            let rows = |x: &View<T>| -> fast::RowsOf {
+                std::array::from_fn(|t| match t < n {
+                    true => self.row(x, *b, h, from + t).as_ptr().cast(),
+                    false => std::ptr::null(),
+                })
+            };
+            let each = |x: &View<f32>| -> [f32; CHUNK] {
+                std::array::from_fn(|t| if t < n { self.row(x, *b, h, from + t)[0] } else { 0.0 })
+            };
+            let mut chunk = fast::Input {
+                q: rows(self.q),
+                k: rows(self.k),
+                v: rows(self.v),
+                out: std::array::from_fn(|t| if t < n { out.row_ptr(*b, h, from + t) } else { std::ptr::null_mut() }),
+                tokens: n,
+                scale: self.call.scale,
+                g: self.call.gate.g().map(each),
+                strength: None,
+            };
+            if let Gate::Ssd { dt, a } = &self.call.gate {
+                let dt = each(dt);
+                chunk.g = Some(dt.map(|dt| dt * a[h]));
+                chunk.strength = Some(dt);
+            }
+            // SAFETY: `rows` are of bf16 (`suits_fast`) and of the widths of the plan; out rows are
+            // this task's by the contract.
+            unsafe { kernel.chunk(&chunk) };
+            work += self.chunk_work(n, true);
+        }
+        if let Some(last) = last {
+            for (i, row) in last.chunks_exact_mut(dv.max(1)).enumerate() {
+                row.copy_from_slice(kernel.state_row(i));
+            }
         }
         work.bytes += 4 * (d * dv) as u64 * (u64::from(initial.is_some()) + 1);
         work

@@ -47,26 +47,67 @@ pub(super) fn scale_rows(
     add: bool,
 ) {
     let n = range.len();
-    assert!(dst.len() >= n * cols && src.len() >= n * cols);
-    for t in 0..n {
-        let at = t * cols..(t + 1) * cols;
-        let (dst, src) = (&mut dst[at.clone()], &src[at]);
-        let row = range.start + t;
-        // SAFETY: equal lengths, by construction here and the assertion for `Element`; `isa` was
-        // lowered to what the machine has when the engine was made.
-        unsafe {
-            match e {
-                _ if late && t == 0 => times(isa, dst, src, 1.0, add),
-                Factor::One => times(isa, dst, src, 1.0, add),
-                Factor::Row(e) => times(isa, dst, src, e[row - usize::from(late)], add),
-                Factor::Element(m) => {
-                    assert!(m.cols == cols);
-                    product(isa, dst, src, m.row(row - usize::from(late)), add);
-                }
-            }
+    assert!(dst.len() >= n * cols && src.len() >= n * cols && cols.is_multiple_of(PAD));
+    let (e, step, wide) = match e {
+        Factor::One => (&[][..], 0, false),
+        Factor::Row(e) => (&e[range], 1, false),
+        Factor::Element(m) => {
+            assert!(m.cols == cols);
+            (&m.all()[range.start * cols..range.end * cols], cols, true)
+        }
+    };
+    let sizes = Scale { n, cols, step, wide, late, add };
+    // SAFETY: the slices hold n rows, factors n rows of `step`; `isa` was lowered to what the machine
+    // has when the engine was made.
+    unsafe { scale_all(isa, dst.as_mut_ptr(), src.as_ptr(), e.as_ptr(), sizes) }
+}
+
+#[derive(Clone, Copy)]
+struct Scale {
+    n: usize,
+    cols: usize,
+    /// Elements from factor row to factor row; 0: the factor is one.
+    step: usize,
+    /// A factor an element.
+    wide: bool,
+    late: bool,
+    add: bool,
+}
+
+#[inline(always)]
+unsafe fn scale_all_on<S: Simd>(dst: *mut f32, src: *const f32, e: *const f32, p: Scale) {
+    for t in 0..p.n {
+        let (dst, src) = (dst.add(t * p.cols), src.add(t * p.cols));
+        let one = p.step == 0 || p.late && t == 0;
+        let e = if one { e } else { e.add((t - usize::from(p.late)) * p.step) };
+        let same = S::splat(if one || p.wide { 1.0 } else { *e });
+        let each = p.wide && !one;
+        for i in (0..p.cols).step_by(S::LANES) {
+            let f = if each { S::load(e.add(i)) } else { same };
+            let x = S::load(src.add(i));
+            let y = if p.add { S::fma(x, f, S::load(dst.add(i))) } else { S::mul(x, f) };
+            S::store(dst.add(i), y);
         }
     }
 }
+with_isa!(
+    simd,
+    unsafe fn scale_all => scale_all_on(dst: *mut f32, src: *const f32, e: *const f32, p: Scale)
+);
+
+/// dst ← dst · f.
+pub(super) fn times(isa: Isa, dst: &mut [f32], f: f32) {
+    // SAFETY: `isa` as above.
+    unsafe { times_one(isa, dst, f) }
+}
+
+#[inline(always)]
+unsafe fn times_one_on<S: Simd>(dst: &mut [f32], f: f32) {
+    for d in dst {
+        *d *= f;
+    }
+}
+with_isa!(simd, unsafe fn times_one => times_one_on(dst: &mut [f32], f: f32));
 
 /// Σ x[t]·y[t] for each row.
 pub(super) fn dot(isa: Isa, x: &[f32], y: &[f32]) -> f32 {
@@ -86,7 +127,7 @@ pub(super) fn add_product(isa: Isa, dst: &mut [f32], x: &[f32], y: &[f32], sign:
 pub(super) fn add(isa: Isa, dst: &mut [f32], x: &[f32]) {
     assert!(x.len() == dst.len());
     // SAFETY: equal lengths; `isa` as above.
-    unsafe { times(isa, dst, x, 1.0, true) }
+    unsafe { sum(isa, dst, x) }
 }
 
 /// A ∘ M for the lower triangle of rows 0..n, zero above; `strict` drops the diagonal, `late` takes
@@ -107,18 +148,12 @@ pub(super) fn mask(isa: Isa, a: &mut Mat, m: Option<&Mat>, n: usize, strict: boo
 }
 
 #[inline(always)]
-unsafe fn times_on<S: Simd>(dst: &mut [f32], src: &[f32], f: f32, add: bool) {
-    if add {
-        for (d, s) in dst.iter_mut().zip(src) {
-            *d += s * f;
-        }
-    } else {
-        for (d, s) in dst.iter_mut().zip(src) {
-            *d = s * f;
-        }
+unsafe fn sum_on<S: Simd>(dst: &mut [f32], x: &[f32]) {
+    for (d, x) in dst.iter_mut().zip(x) {
+        *d += x;
     }
 }
-with_isa!(simd, unsafe fn times => times_on(dst: &mut [f32], src: &[f32], f: f32, add: bool));
+with_isa!(simd, unsafe fn sum => sum_on(dst: &mut [f32], x: &[f32]));
 
 #[inline(always)]
 unsafe fn times_in_place_on<S: Simd>(dst: &mut [f32], m: &[f32]) {
@@ -127,20 +162,6 @@ unsafe fn times_in_place_on<S: Simd>(dst: &mut [f32], m: &[f32]) {
     }
 }
 with_isa!(simd, unsafe fn times_in_place => times_in_place_on(dst: &mut [f32], m: &[f32]));
-
-#[inline(always)]
-unsafe fn product_on<S: Simd>(dst: &mut [f32], x: &[f32], y: &[f32], add: bool) {
-    if add {
-        for i in 0..dst.len() {
-            dst[i] += x[i] * y[i];
-        }
-    } else {
-        for i in 0..dst.len() {
-            dst[i] = x[i] * y[i];
-        }
-    }
-}
-with_isa!(simd, unsafe fn product => product_on(dst: &mut [f32], x: &[f32], y: &[f32], add: bool));
 
 #[inline(always)]
 unsafe fn fused_on<S: Simd>(dst: &mut [f32], x: &[f32], y: &[f32], sign: f32) {

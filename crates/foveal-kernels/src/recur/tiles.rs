@@ -30,8 +30,8 @@ mod imp {
     use std::arch::x86_64::*;
 
     /// Bytes of a row, and of a tile of 16 rows.
-    const LINE: usize = 64;
-    const TILE: usize = 1024;
+    pub(in super::super) const LINE: usize = 64;
+    pub(in super::super) const TILE: usize = 1024;
 
     /// The operand of `ldtilecfg`: eight tiles of 16 rows of 64 bytes.
     #[repr(C, align(64))]
@@ -45,12 +45,12 @@ mod imp {
 
     /// Configured tiles; gives them back when dropped, so that the thread's state is small again.
     /// Bound to its thread by the pointer type.
-    struct Tiles(std::marker::PhantomData<*const u8>);
+    pub(in super::super) struct Tiles(std::marker::PhantomData<*const u8>);
 
     impl Tiles {
         /// # Safety
         /// The machine has AMX and the process may use it.
-        unsafe fn new() -> Self {
+        pub(in super::super) unsafe fn new() -> Self {
             let mut c = Config { palette: 1, start_row: 0, reserved: [0; 14], colsb: [0; 16], rows: [0; 16] };
             c.colsb[..8].fill(LINE as u16);
             c.rows[..8].fill(16);
@@ -154,15 +154,6 @@ mod imp {
         } else {
             whole_pairs::<SPLIT>(b, [n, k], pb, low_b)
         };
-        // What to add up: where A's and B's part lie.
-        let mut terms = [(0, 0); 3];
-        let mut count = 1;
-        for (some, term) in [(more_b, (0, low_b)), (more_a, (low_a, 0))] {
-            if some {
-                terms[count] = term;
-                count += 1;
-            }
-        }
         let c_line = c.ld * 4;
         let c: *mut u8 = c.data.as_mut_ptr().cast();
         for i in (0..m / 16).step_by(2) {
@@ -170,41 +161,51 @@ mod imp {
             let (cols, inner) = bounds(op, tri, i * PAD, (i + 1 + usize::from(two_rows)) * PAD, n, k);
             let (from, to) = (inner.start / 32, inner.end.div_ceil(32));
             for j in (0..cols / 16).step_by(2) {
-                let p = Square {
-                    a: pa.add((i * steps + from) * TILE),
-                    b: pb.add((j * steps + from) * TILE),
-                    c: c.add(i * 16 * c_line + j * LINE),
-                    c_line,
-                    count: to - from,
-                    next: steps * TILE,
-                    add,
-                };
+                let (a, b) = (pa.add((i * steps + from) * TILE), pb.add((j * steps + from) * TILE));
+                let term = Term { a, b, count: to - from, next: steps * TILE };
+                // high·high, high·low, low·high.
+                let mut terms = [term; 3];
+                let mut count = 1;
+                if more_b {
+                    terms[count].b = b.add(low_b);
+                    count += 1;
+                }
+                if more_a {
+                    terms[count].a = a.add(low_a);
+                    count += 1;
+                }
+                let c = Square { c: c.add(i * 16 * c_line + j * LINE), c_line, add };
                 match (two_rows, j + 1 < cols / 16) {
-                    (true, true) => square::<true, true>(&p, &terms[..count]),
-                    (true, false) => square::<true, false>(&p, &terms[..count]),
-                    (false, true) => square::<false, true>(&p, &terms[..count]),
-                    (false, false) => square::<false, false>(&p, &terms[..count]),
+                    (true, true) => square::<true, true>(&c, &terms[..count]),
+                    (true, false) => square::<true, false>(&c, &terms[..count]),
+                    (false, true) => square::<false, true>(&c, &terms[..count]),
+                    (false, false) => square::<false, false>(&c, &terms[..count]),
                 }
             }
         }
     }
 
     /// Up to 2 × 2 tiles of C; distances in bytes.
-    struct Square {
-        a: *const u8,
-        b: *const u8,
-        c: *mut u8,
-        c_line: usize,
-        /// Inner steps of 32.
-        count: usize,
-        /// To the second row tile of A and column tile of B.
-        next: usize,
-        add: bool,
+    pub(in super::super) struct Square {
+        pub(in super::super) c: *mut u8,
+        pub(in super::super) c_line: usize,
+        pub(in super::super) add: bool,
+    }
+
+    /// A product to be summed into a square.
+    #[derive(Clone, Copy)]
+    pub(in super::super) struct Term {
+        pub(in super::super) a: *const u8,
+        pub(in super::super) b: *const u8,
+        /// Inner steps of 32; tiles of successive steps follow each other.
+        pub(in super::super) count: usize,
+        /// Bytes to the second row tile of A and column tile of B.
+        pub(in super::super) next: usize,
     }
 
     /// C = [C +] Σ A·B for one or two row tiles (`A2`) and column tiles (`B2`), over all `terms`.
     #[inline(always)]
-    unsafe fn square<const A2: bool, const B2: bool>(p: &Square, terms: &[(usize, usize)]) {
+    pub(in super::super) unsafe fn square<const A2: bool, const B2: bool>(p: &Square, terms: &[Term]) {
         // Tiles 0..=3 are C, 4 and 5 A, 6 and 7 B; nobody else uses any between these statements.
         macro_rules! tile {
             ($op:literal, $p:expr, $line:expr) => {
@@ -227,18 +228,18 @@ mod imp {
             asm!("tilezero tmm0", "tilezero tmm1", options(nostack, preserves_flags));
             asm!("tilezero tmm2", "tilezero tmm3", options(nostack, preserves_flags));
         }
-        for (in_a, in_b) in terms {
-            let (mut a, mut b) = (p.a.wrapping_add(*in_a), p.b.wrapping_add(*in_b));
-            for _ in 0..p.count {
+        for term in terms {
+            let (mut a, mut b) = (term.a, term.b);
+            for _ in 0..term.count {
                 tile!("tileloadd tmm6, [{p} + {l}*1]", b, LINE);
                 tile!("tileloadd tmm4, [{p} + {l}*1]", a, LINE);
                 asm!("tdpbf16ps tmm0, tmm4, tmm6", options(nostack, preserves_flags));
                 if B2 {
-                    tile!("tileloadd tmm7, [{p} + {l}*1]", b.wrapping_add(p.next), LINE);
+                    tile!("tileloadd tmm7, [{p} + {l}*1]", b.wrapping_add(term.next), LINE);
                     asm!("tdpbf16ps tmm1, tmm4, tmm7", options(nostack, preserves_flags));
                 }
                 if A2 {
-                    tile!("tileloadd tmm5, [{p} + {l}*1]", a.wrapping_add(p.next), LINE);
+                    tile!("tileloadd tmm5, [{p} + {l}*1]", a.wrapping_add(term.next), LINE);
                     asm!("tdpbf16ps tmm2, tmm5, tmm6", options(nostack, preserves_flags));
                 }
                 if A2 && B2 {
@@ -262,24 +263,24 @@ mod imp {
 
     /// Two vectors of f32 as one of bf16.
     #[inline(always)]
-    unsafe fn narrow(hi: __m512, lo: __m512) -> __m512i {
+    pub(in super::super) unsafe fn narrow(hi: __m512, lo: __m512) -> __m512i {
         std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(hi, lo))
     }
 
     /// 16 bf16, the lower or upper half of a vector, widened.
     #[inline(always)]
-    unsafe fn half<const UPPER: i32>(x: __m512i) -> __m512 {
+    pub(in super::super) unsafe fn widen_half<const UPPER: i32>(x: __m512i) -> __m512 {
         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64::<UPPER>(x))))
     }
 
     /// x in the low and y in the high half of the result, as bf16, and what the rounding left.
     #[inline(always)]
-    unsafe fn round<const SPLIT: bool>(x: __m512, y: __m512) -> (__m512i, __m512i) {
+    pub(in super::super) unsafe fn round<const SPLIT: bool>(x: __m512, y: __m512) -> (__m512i, __m512i) {
         let high = narrow(y, x);
         if !SPLIT {
             return (high, _mm512_setzero_si512());
         }
-        (high, narrow(_mm512_sub_ps(y, half::<1>(high)), _mm512_sub_ps(x, half::<0>(high))))
+        (high, narrow(_mm512_sub_ps(y, widen_half::<1>(high)), _mm512_sub_ps(x, widen_half::<0>(high))))
     }
 
     /// 32 consecutive elements of a row, of which `k` exist.
@@ -292,7 +293,7 @@ mod imp {
 
     /// Alternates the low and the high 16 elements: the pair order of a right operand.
     #[inline(always)]
-    unsafe fn interleave(x: __m512i) -> __m512i {
+    pub(in super::super) unsafe fn interleave(x: __m512i) -> __m512i {
         const ORDER: [u16; 32] = {
             let mut order = [0; 32];
             let mut i = 0;
@@ -424,3 +425,5 @@ mod imp {
 }
 
 pub(super) use imp::Pack;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(super) use imp::{LINE, Square, TILE, Term, Tiles, interleave, narrow, round, square, widen_half};
