@@ -1,7 +1,9 @@
 //! The narrow waist: one function per primitive, on candle tensors or plain rows.
 
 pub mod attend;
+pub mod conv;
 pub mod factor;
+pub mod feature;
 pub mod gemm;
 pub mod kv;
 pub mod pool;
@@ -10,3 +12,6 @@ pub mod select;
 pub(crate) mod tensor;
 
 pub use attend::{AttendOptions, Attended, attend, attend_indexed, attend_selected, merge};
+pub use conv::{Convolved, damped_ema, long_conv, short_conv};
+pub use feature::{FeatureOptions, feature_attend};
+pub use foveal_kernels::conv::Boundary;

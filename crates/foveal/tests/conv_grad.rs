@@ -1,0 +1,138 @@
+//! Convolutions and feature attention inside candle's autograd: directional derivatives against central differences.
+
+use candle_core::{DType, Device, Tensor, Var};
+use foveal::prim::{Boundary, FeatureOptions, damped_ema, feature_attend, long_conv, short_conv};
+use std::f32::consts::TAU;
+
+/// Smooth, seeded, the same everywhere.
+fn wave(seed: usize, shape: &[usize], low: f32, high: f32) -> Tensor {
+    let n: usize = shape.iter().product();
+    let at = |i: usize| ((i * 7919 + seed * 104_729) % 1009) as f32 / 1009.0;
+    let x: Vec<f32> = (0..n).map(|i| low + (high - low) * (0.5 + 0.5 * (TAU * at(i)).sin())).collect();
+    Tensor::from_vec(x, shape, &Device::Cpu).unwrap()
+}
+
+fn number(x: &Tensor) -> f64 {
+    f64::from(x.to_dtype(DType::F32).unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap())
+}
+
+/// For each input: ⟨gradient, v⟩ equals (L(x + εv) − L(x − εv)) / 2ε, for a fixed weighting L of the outputs.
+fn check(name: &str, inputs: &[Tensor], step: f32, f: impl Fn(&[Tensor]) -> Vec<Tensor>) {
+    let weigh = |outs: &[Tensor]| -> Tensor {
+        let terms: Vec<Tensor> = outs
+            .iter()
+            .enumerate()
+            .map(|(i, o)| (o * wave(90 + i, o.dims(), -1.0, 1.0)).unwrap().sum_all().unwrap())
+            .collect();
+        terms.into_iter().reduce(|a, b| (a + b).unwrap()).unwrap()
+    };
+    let vars: Vec<Var> = inputs.iter().map(|x| Var::from_tensor(x).unwrap()).collect();
+    let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+    let grads = weigh(&f(&tensors)).backward().unwrap();
+    for (i, x) in inputs.iter().enumerate() {
+        let dir = wave(40 + i, x.dims(), -1.0, 1.0);
+        let loss = |s: f64| {
+            let mut moved = inputs.to_vec();
+            moved[i] = (x + (&dir * s).unwrap()).unwrap();
+            number(&weigh(&f(&moved)))
+        };
+        let quotient = (loss(f64::from(step)) - loss(f64::from(-step))) / (2.0 * f64::from(step));
+        let grad = grads.get(&tensors[i]).unwrap_or_else(|| panic!("{name}: input {i} has no gradient"));
+        assert_eq!(grad.dims(), x.dims());
+        let product = number(&(grad * &dir).unwrap());
+        let size = number(&(grad * &dir).unwrap().abs().unwrap()).max(1.0);
+        assert!((quotient - product).abs() < 2e-3 * size, "{name} input {i}: {quotient} against {product}");
+    }
+}
+
+#[test]
+fn long() {
+    for boundary in [Boundary::Causal, Boundary::Circular] {
+        let inputs = [wave(1, &[3, 20], -1.0, 1.0), wave(2, &[2, 3, 40], -1.0, 1.0), wave(3, &[3], -1.0, 1.0)];
+        check("long", &inputs, 0.25, |x| vec![long_conv(&x[0], &x[1], Some(&x[2]), boundary).unwrap().out]);
+        // (B, T, C) memory through a transpose, and no skip.
+        let inputs = [wave(1, &[3, 20], -1.0, 1.0), wave(2, &[2, 40, 3], -1.0, 1.0)];
+        check("long transposed", &inputs, 0.25, |x| {
+            vec![long_conv(&x[0], &x[1].transpose(1, 2).unwrap(), None, boundary).unwrap().out]
+        });
+    }
+}
+
+#[test]
+fn short() {
+    let inputs = [
+        wave(1, &[2, 17, 30], -1.0, 1.0),
+        wave(2, &[17, 4], -1.0, 1.0),
+        wave(3, &[17], -1.0, 1.0),
+        wave(4, &[2, 17, 3], -1.0, 1.0),
+    ];
+    check("short", &inputs, 1e-2, |x| {
+        let y = short_conv(&x[0], &x[1], Some(&x[2]), true, Some(&x[3])).unwrap();
+        vec![y.out, y.state.unwrap()]
+    });
+    check("short plain", &inputs[..2], 0.25, |x| vec![short_conv(&x[0], &x[1], None, false, None).unwrap().out]);
+}
+
+#[test]
+fn ema() {
+    let gate = |seed| wave(seed, &[3, 4], 0.2, 0.8);
+    let inputs = [
+        wave(1, &[2, 3, 70], -1.0, 1.0),
+        gate(2),
+        gate(3),
+        wave(4, &[3, 4], -1.0, 1.0),
+        wave(5, &[3, 4], -1.0, 1.0),
+        wave(6, &[2, 3, 4], -1.0, 1.0),
+    ];
+    check("ema", &inputs, 5e-3, |x| {
+        let y = damped_ema(&x[0], &x[1], &x[2], &x[3], &x[4], Some(&x[5])).unwrap();
+        vec![y.out, y.state.unwrap()]
+    });
+}
+
+#[test]
+fn feature() {
+    let inputs = [
+        wave(1, &[1, 4, 20, 5], 0.1, 1.0),
+        wave(2, &[1, 2, 20, 5], 0.1, 1.0),
+        wave(3, &[1, 2, 20, 3], -1.0, 1.0),
+        wave(4, &[4, 39], 0.2, 1.0),
+    ];
+    for causal in [false, true] {
+        let options = FeatureOptions { causal, normalise: Some(0.1) };
+        check("feature", &inputs[..3], 5e-3, |x| vec![feature_attend(&x[0], &x[1], &x[2], None, &options).unwrap().0]);
+        check("feature weighted", &inputs, 5e-3, |x| {
+            vec![feature_attend(&x[0], &x[1], &x[2], Some(&x[3]), &options).unwrap().0]
+        });
+    }
+}
+
+#[test]
+fn bf16_inputs_states_and_work() {
+    let u = wave(1, &[1, 2, 50], -1.0, 1.0).to_dtype(DType::BF16).unwrap();
+    let (h, w) = (wave(2, &[2, 50], -1.0, 1.0), wave(3, &[2, 4], -1.0, 1.0));
+    let var = Var::from_tensor(&u).unwrap();
+    let y = long_conv(&h, var.as_tensor(), None, Boundary::Causal).unwrap();
+    assert_eq!((y.out.dtype(), y.work.tiles), (DType::F32, 2));
+    let grads = y.out.sum_all().unwrap().backward().unwrap();
+    assert_eq!(grads.get(&var).unwrap().dtype(), DType::BF16);
+    // A prompt and its continuation are the whole.
+    let whole = short_conv(&u, &w, None, true, None).unwrap();
+    let a = short_conv(&u.narrow(2, 0, 30).unwrap(), &w, None, true, None).unwrap();
+    let b = short_conv(&u.narrow(2, 30, 20).unwrap(), &w, None, true, a.state.as_ref()).unwrap();
+    let joined = Tensor::cat(&[&a.out, &b.out], 2).unwrap();
+    assert_eq!(number(&(joined - whole.out).unwrap().abs().unwrap()), 0.0);
+}
+
+#[test]
+fn refusals_name_the_trouble() {
+    let u = wave(1, &[1, 2, 10], -1.0, 1.0);
+    let say = |r: foveal::Result<foveal::prim::Convolved>| r.unwrap_err().to_string();
+    let h = wave(2, &[3, 10], -1.0, 1.0);
+    assert!(say(long_conv(&h, &u, None, Boundary::Causal)).contains("channels"));
+    assert!(say(long_conv(&h, &u.squeeze(0).unwrap(), None, Boundary::Causal)).contains("(batch, channels, time)"));
+    assert!(say(long_conv(&h, &u.to_dtype(DType::F64).unwrap(), None, Boundary::Causal)).contains("f32, bf16"));
+    assert!(say(short_conv(&u, &wave(3, &[2, 0], 0.0, 1.0), None, false, None)).contains("width"));
+    let (a, b) = (wave(4, &[2, 3], 0.1, 0.9), wave(5, &[2, 4], 0.1, 0.9));
+    assert!(say(damped_ema(&u, &a, &b, &a, &a, None)).contains("alpha"));
+}
