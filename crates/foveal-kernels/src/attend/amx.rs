@@ -5,9 +5,13 @@
 //! right one; the weights of two keys, rounded to bf16 and interleaved, are the right operand of
 //! the second product, whose left one, Vᵀ, is packed once per key tile for all strips of a task.
 //!
-//! The softmax takes longer than both products, so it is cut to the bone: difference, factor,
-//! fraction, a polynomial good to 3e-6 (weights are rounded to 4e-3 right after), and `vscalef`,
-//! which also sends −∞ to 0.
+//! The softmax is cut to the bone. Its exponential is one fused product, a fraction, a cubic good to
+//! 9e-5 (weights are rounded to 4e-3 right after, by adding half a step to the cubic's constant and
+//! dropping the low bits) and `vscalef`, which also sends −∞ to 0. The denominator sums the weights
+//! as they are used. And where the scores of a tile cannot exceed the references so far by more than
+//! a factor of 2^[`ROOM`] (by Cauchy and Schwarz |q|·max|k| bounds them), maxima are not looked for
+//! and Oᵀ is not rescaled: bf16 reaches as far as f32, so weights above 1 do no harm. That is nearly
+//! every tile but a row's first, and it lets lanes work on one set of scores while tiles make the next.
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
@@ -23,13 +27,13 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 /// Keys of a tile: a multiple of 32. Twice that many bytes times 64 queries are the scores.
-pub(super) const KEYS: usize = 128;
+pub(super) const KEYS: usize = 256;
 /// Bytes of a row, rows, and bytes of an AMX tile.
 const LINE: usize = 64;
 const ROWS: usize = 16;
 const TILE: usize = LINE * ROWS;
 /// Queries of a strip.
-const STRIP: usize = WORK_TILE;
+const STRIP: usize = 32;
 
 /// The operand of `ldtilecfg`: eight tiles of 16 rows of 64 bytes.
 #[repr(C, align(64))]
@@ -144,29 +148,40 @@ unsafe fn product<const ADD: bool, const LIST: bool, const A2: bool, const B2: b
     }
 }
 
-/// Scores of 32 keys and 32 queries for heads 64 wide, the commonest: the four tiles of queries stay
-/// in registers, which halves the loads.
+/// Put the queries of [`scores_64`] into tiles 4 to 7, where they stay until the next product.
 #[inline(always)]
-unsafe fn scores_64(k: *const u8, k_line: usize, q: *const u8, line: usize, s: *mut u8) {
+unsafe fn load_queries_64(q: *const u8, line: usize) {
+    macro_rules! tile {
+        ($op:literal, $p:expr) => {
+            asm!($op, p = in(reg) $p, l = in(reg) line, options(nostack, preserves_flags))
+        };
+    }
+    let q1 = q.add(ROWS * line);
+    tile!("tileloadd tmm4, [{p} + {l}*1]", q);
+    tile!("tileloadd tmm5, [{p} + {l}*1 + 64]", q);
+    tile!("tileloadd tmm6, [{p} + {l}*1]", q1);
+    tile!("tileloadd tmm7, [{p} + {l}*1 + 64]", q1);
+}
+
+/// Scores of 32 keys and the 32 loaded queries for heads 64 wide, the commonest: queries that stay
+/// in registers halve the loads, and next to another thread on the same core it is loads that a
+/// product waits for.
+#[inline(always)]
+unsafe fn scores_64(k: *const u8, k_line: usize, s: *mut u8, s_line: usize) {
     macro_rules! tile {
         ($op:literal, $p:expr, $line:expr) => {
             asm!($op, p = in(reg) $p, l = in(reg) $line, options(nostack, preserves_flags))
         };
     }
-    let q1 = q.add(ROWS * line);
-    tile!("tileloadd tmm4, [{p} + {l}*1]", q, line);
-    tile!("tileloadd tmm5, [{p} + {l}*1 + 64]", q, line);
-    tile!("tileloadd tmm6, [{p} + {l}*1]", q1, line);
-    tile!("tileloadd tmm7, [{p} + {l}*1 + 64]", q1, line);
     for r in 0..2 {
-        let (k, s) = (k.add(r * ROWS * k_line), s.add(r * ROWS * line));
+        let (k, s) = (k.add(r * ROWS * k_line), s.add(r * ROWS * s_line));
         asm!("tilezero tmm0", "tilezero tmm1", options(nostack, preserves_flags));
         tile!("tileloadd tmm2, [{p} + {l}*1]", k, k_line);
         asm!("tdpbf16ps tmm0, tmm2, tmm4", "tdpbf16ps tmm1, tmm2, tmm5", options(nostack, preserves_flags));
         tile!("tileloadd tmm3, [{p} + {l}*1 + 64]", k, k_line);
         asm!("tdpbf16ps tmm0, tmm3, tmm6", "tdpbf16ps tmm1, tmm3, tmm7", options(nostack, preserves_flags));
-        tile!("tilestored [{p} + {l}*1], tmm0", s, line);
-        tile!("tilestored [{p} + {l}*1 + 64], tmm1", s, line);
+        tile!("tilestored [{p} + {l}*1], tmm0", s, s_line);
+        tile!("tilestored [{p} + {l}*1 + 64], tmm1", s, s_line);
     }
 }
 
@@ -196,24 +211,32 @@ struct Visit {
     o: *mut f32,
     m: *mut f32,
     l: *mut f32,
+    /// Lengths of the `w` queries, and of the longest key (∞ if unknown or not a number).
+    q_len: *const f32,
+    k_len: f32,
 }
 
-/// 2^x for x ≤ 0 to 3e-6, exact at 0; −∞ gives 0, NaN stays NaN.
+/// Weights stay below 2^ROOM, so that their sums stay below 2^128.
+const ROOM: f32 = 96.0;
+/// Of a cubic that is 2^f on 0..=1 to 9e-5 and exact at 0.
+const CUBIC: [f32; 4] = [7.706_72e-2, 0.227_644_82, 0.695_116_82, 1.0];
+
+/// 2^x to 9e-5, exact at 0, with `half` added to the mantissa; −∞ gives 0, NaN stays NaN.
 #[inline(always)]
-unsafe fn exp2(x: __m512) -> __m512 {
+unsafe fn exp2(x: __m512, half: f32) -> __m512 {
     // r = x − ⌊x⌋; `scalef` takes the floor of its exponent itself.
     let r = _mm512_reduce_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(x);
-    let mut p = _mm512_set1_ps(1.342_668_8e-2);
-    for c in [5.224_246_5e-2, 0.241_280_21, 0.693_044_84, 1.0] {
+    let mut p = _mm512_set1_ps(CUBIC[0]);
+    for c in [CUBIC[1], CUBIC[2], CUBIC[3] + half] {
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
     }
     _mm512_scalef_ps(p, x)
 }
 
-/// Scores to weights, in place: row r of pairs takes the memory of score row r, whose own scores
-/// were read no later. Rescales Oᵀ where a maximum rose.
+/// What only the general case does between the products: softcap, bias, maxima, and Oᵀ and the sums
+/// rescaled where a maximum rose.
 #[inline(always)]
-unsafe fn softmax<const NV: usize>(t: &Visit) {
+unsafe fn references<const NV: usize>(t: &Visit) {
     use crate::simd::{Avx512, Simd};
     let w = NV * 16;
     if t.squash != 0.0 {
@@ -230,17 +253,7 @@ unsafe fn softmax<const NV: usize>(t: &Visit) {
         }
     }
     if !t.masks.is_null() {
-        let none = _mm512_set1_ps(f32::NEG_INFINITY);
-        for j in 0..t.nk {
-            let bits = *t.masks.add(j);
-            if bits != u64::MAX {
-                for v in 0..NV {
-                    let at = t.s.add(j * w + v * 16);
-                    let hidden = !(bits >> (v * 16)) as u16;
-                    _mm512_mask_storeu_ps(at, hidden, none);
-                }
-            }
-        }
+        hide::<NV>(t.masks, 0, t.nk, t.s);
     }
     let zero = _mm512_setzero_ps();
     let (mut old, mut top) = ([zero; NV], [zero; NV]);
@@ -267,30 +280,14 @@ unsafe fn softmax<const NV: usize>(t: &Visit) {
         top[v] = _mm512_max_ps(top[v], odd[v]);
         rose |= _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(top[v], old[v]);
         _mm512_storeu_ps(t.m.add(v * 16), top[v]);
-        corr[v] = exp2(_mm512_mul_ps(_mm512_sub_ps(old[v], top[v]), c));
+        corr[v] = exp2(_mm512_mul_ps(_mm512_sub_ps(old[v], top[v]), c), 0.0);
     }
-    // Alternate the 16 low and 16 high bf16: the pair order of a right operand.
-    let order: [u16; 32] = std::array::from_fn(|i| (i / 2 + 16 * (i % 2)) as u16);
-    let order = _mm512_loadu_si512(order.as_ptr().cast());
-    let mut sum = [zero; NV];
-    for r in 0..t.nk.next_multiple_of(32) / 2 {
-        for v in 0..NV {
-            let at = t.s.add(2 * r * w + v * 16);
-            let (mut a, mut b) = (zero, zero);
-            if 2 * r < t.nk {
-                a = exp2(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(at), top[v]), c));
-            }
-            if 2 * r + 1 < t.nk {
-                b = exp2(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(at.add(w)), top[v]), c));
-            }
-            sum[v] = _mm512_add_ps(sum[v], _mm512_add_ps(a, b));
-            let pair = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a));
-            _mm512_storeu_si512(t.s.add(r * w + v * 16).cast(), _mm512_permutexvar_epi16(order, pair));
-        }
-    }
+    // Rows of the last 32 keys that are none.
+    let whole = t.nk.next_multiple_of(32);
+    std::slice::from_raw_parts_mut(t.s.add(t.nk * w), (whole - t.nk) * w).fill(f32::NEG_INFINITY);
     for v in 0..NV {
         let at = t.l.add(v * 16);
-        _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_loadu_ps(at), corr[v], sum[v]));
+        _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), corr[v]));
     }
     if rose != 0 {
         for r in 0..t.dv_tiles * 16 {
@@ -302,40 +299,156 @@ unsafe fn softmax<const NV: usize>(t: &Visit) {
     }
 }
 
+/// Whether `weights` can serve a visit: see the head of this file.
+#[inline(always)]
+unsafe fn bounded<const NV: usize>(t: &Visit) -> bool {
+    if t.squash != 0.0 || !t.bias.is_null() {
+        return false;
+    }
+    let mut fits = 0xffff;
+    for v in 0..NV {
+        let c = _mm512_set1_ps(t.c);
+        let bound = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(t.q_len.add(v * 16)), _mm512_set1_ps(t.k_len)), c);
+        // A row that saw nothing yet has m = −3e38, which does not fit.
+        let m = _mm512_mul_ps(_mm512_loadu_ps(t.m.add(v * 16)), c);
+        fits &= _mm512_cmp_ps_mask::<_CMP_LE_OQ>(_mm512_sub_ps(bound, m), _mm512_set1_ps(ROOM));
+    }
+    fits == 0xffff
+}
+
+/// Scores of 32 keys (rows of `s`, 16·V queries from the strip's vector `v0` on) to weights (16 rows
+/// of pairs of the whole strip, `to`), with the references in `m` as they are; adds to `l`.
+#[inline(always)]
+unsafe fn weights<const NV: usize, const V: usize>(t: &Visit, v0: usize, s: *const f32, to: *mut f32) {
+    // Half a step of bf16 between 1 and 2.
+    const HALF: f32 = 1.0 / 256.0;
+    let c = _mm512_set1_ps(t.c);
+    let ones = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi16(0x3f80));
+    let mut base = [_mm512_setzero_ps(); V];
+    let mut sum = [[_mm512_setzero_ps(); 2]; V];
+    for v in 0..V {
+        // Finite, so that −∞ less the reference of a row that saw nothing is −∞.
+        base[v] = _mm512_mul_ps(_mm512_loadu_ps(t.m.add((v0 + v) * 16)), c);
+        base[v] = _mm512_max_ps(base[v], _mm512_set1_ps(NO_MAX));
+        sum[v][0] = _mm512_loadu_ps(t.l.add((v0 + v) * 16));
+    }
+    for r in (0..16).step_by(2) {
+        for v in 0..V {
+            for odd in 0..2 {
+                let r = r + odd;
+                let at = s.add((2 * r * V + v) * 16);
+                let a = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at), c, base[v]), HALF);
+                let b = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at.add(V * 16)), c, base[v]), HALF);
+                // High halves, paired as a right operand wants them.
+                let a = _mm512_srli_epi32::<16>(_mm512_castps_si512(a));
+                let pair = _mm512_mask_blend_epi16(0xaaaa_aaaa, a, _mm512_castps_si512(b));
+                let weights = std::mem::transmute::<__m512i, __m512bh>(pair);
+                sum[v][odd] = _mm512_dpbf16_ps(sum[v][odd], weights, ones);
+                _mm512_storeu_si512(to.add((r * NV + v0 + v) * 16).cast(), pair);
+            }
+        }
+    }
+    for v in 0..V {
+        _mm512_storeu_ps(t.l.add((v0 + v) * 16), _mm512_add_ps(sum[v][0], sum[v][1]));
+    }
+}
+
+/// Scores of 32 keys, 32·j.. of a visit, and 16·V queries from the strip's vector `v0` on, in rows of
+/// `s_line` bytes. Heads 64 wide: with the queries loaded (V = 2).
+#[inline(always)]
+unsafe fn scores<const NV: usize, const V: usize>(t: &Visit, j: usize, v0: usize, s: *mut u8, s_line: usize) {
+    let line = NV * LINE;
+    let (k, k_line) = *t.k.add(j);
+    if t.dp == 64 && V == 2 {
+        return scores_64(k, k_line, s, s_line);
+    }
+    let p = Product {
+        steps: t.dp / 32,
+        a: k,
+        a_list: std::ptr::null(),
+        a_step: LINE,
+        a_next: ROWS * k_line,
+        a_line: k_line,
+        b: t.q.add(v0 * LINE),
+        b_step: ROWS * line,
+        b_line: line,
+        c: s,
+        c_line: s_line,
+    };
+    if V == 2 {
+        product::<false, false, true, true>(&p);
+    } else {
+        product::<false, false, true, false>(&p);
+    }
+}
+
+/// Scores, or (`FAST`) weights, of 16·V queries from the strip's vector `v0` on.
+#[inline(always)]
+unsafe fn first_product<const NV: usize, const V: usize, const FAST: bool>(t: &Visit, v0: usize) {
+    if t.dp == 64 && V == 2 {
+        load_queries_64(t.q.add(v0 * LINE), NV * LINE);
+    }
+    for j in 0..t.nk.div_ceil(32) {
+        if !FAST {
+            scores::<NV, V>(t, j, v0, t.s.add((j * 32 * NV + v0) * 16).cast(), NV * LINE);
+            continue;
+        }
+        // Weights fill the first half of the room; the second holds the scores of two times 32 keys,
+        // so that tiles and lanes work on different ones.
+        let s = t.s.add(KEYS / 2 * NV * 16 + j % 2 * 32 * V * 16);
+        scores::<NV, V>(t, j, v0, s.cast(), V * LINE);
+        let nk = (t.nk - 32 * j).min(32);
+        if !t.masks.is_null() {
+            hide::<V>(t.masks.add(32 * j), v0, nk, s);
+        }
+        if nk < 32 {
+            std::slice::from_raw_parts_mut(s.add(nk * V * 16), (32 - nk) * V * 16).fill(f32::NEG_INFINITY);
+        }
+        weights::<NV, V>(t, v0, s, t.s.add(j * 16 * NV * 16));
+    }
+}
+
+/// −∞ where a query of the strip does not see a key.
+#[inline(always)]
+unsafe fn hide<const V: usize>(masks: *const u64, v0: usize, nk: usize, s: *mut f32) {
+    let none = _mm512_set1_ps(f32::NEG_INFINITY);
+    for j in 0..nk {
+        let bits = *masks.add(j);
+        if bits != u64::MAX {
+            for v in 0..V {
+                let hidden = !(bits >> ((v0 + v) * 16)) as u16;
+                _mm512_mask_storeu_ps(s.add((j * V + v) * 16), hidden, none);
+            }
+        }
+    }
+}
+
+/// [`first_product`] of all queries.
+#[inline(always)]
+unsafe fn queries<const NV: usize, const FAST: bool>(t: &Visit) {
+    for v in (0..NV & !1).step_by(2) {
+        first_product::<NV, 2, FAST>(t, v);
+    }
+    if NV % 2 == 1 {
+        first_product::<NV, 1, FAST>(t, NV - 1);
+    }
+}
+
 #[inline(always)]
 unsafe fn visit_wide<const NV: usize>(t: &Visit) {
     let line = NV * LINE;
     let chunks = t.nk.div_ceil(32);
-    for j in 0..chunks {
-        let (k, k_line) = *t.k.add(j);
-        let s: *mut u8 = t.s.add(j * 32 * NV * 16).cast();
-        for v in (0..NV).step_by(2) {
-            let (q, s) = (t.q.add(v * LINE), s.add(v * LINE));
-            if t.dp == 64 && v + 1 < NV {
-                scores_64(k, k_line, q, line, s);
-                continue;
-            }
-            let p = Product {
-                steps: t.dp / 32,
-                a: k,
-                a_list: std::ptr::null(),
-                a_step: LINE,
-                a_next: ROWS * k_line,
-                a_line: k_line,
-                b: q,
-                b_step: ROWS * line,
-                b_line: line,
-                c: s,
-                c_line: line,
-            };
-            if v + 1 < NV {
-                product::<false, false, true, true>(&p);
-            } else {
-                product::<false, false, true, false>(&p);
-            }
+    if bounded::<NV>(t) {
+        queries::<NV, true>(t);
+    } else {
+        queries::<NV, false>(t);
+        references::<NV>(t);
+        for j in 0..chunks {
+            let s = t.s.add(j * 32 * NV * 16);
+            let to = t.s.add(j * 16 * NV * 16);
+            weights::<NV, NV>(t, 0, s, to);
         }
     }
-    softmax::<NV>(t);
     for i in (0..t.dv_tiles).step_by(2) {
         let mut p = Product {
             steps: chunks,
@@ -410,6 +523,12 @@ unsafe fn pack_values(rows: &[*const u16], dv: usize, to: *mut u8) {
     }
 }
 
+/// Euclidean length of a row, rounding included: no shorter than it is; ∞ if it is not a number.
+fn length(row: &[bf16]) -> f32 {
+    let sum: f32 = row.iter().map(|x| x.to_f32() * x.to_f32()).sum();
+    if sum.is_nan() { f32::INFINITY } else { sum.sqrt() * 1.000_1 }
+}
+
 /// Copy a row of `n` to one of `padded`, zero beyond.
 #[inline(always)]
 unsafe fn pad_row(from: *const u16, n: usize, padded: usize, to: *mut u16) {
@@ -482,6 +601,23 @@ impl Call<'_, bf16> {
         Some(PackedValues { data, start, chunks, size })
     }
 
+    /// Length of the longest of each 32 keys, (B, H_kv, Tk / 32 rounded up), where there are enough
+    /// queries to make up for it.
+    pub(super) fn lengths_of_keys(&self) -> Vec<f32> {
+        let [b, hkv, tk, _] = self.k.shape;
+        let chunks = tk.div_ceil(32);
+        if self.q.shape[2] < 2 * WORK_TILE {
+            return Vec::new();
+        }
+        let mut lengths = vec![0f32; b * hkv * chunks];
+        lengths.par_iter_mut().with_min_len(16).enumerate().for_each(|(i, l)| {
+            let (bk, first) = (i / chunks, i % chunks * 32);
+            let row = |j| length(self.k.row(bk / hkv, bk % hkv, j));
+            *l = (first..(first + 32).min(tk)).map(row).fold(0.0, f32::max);
+        });
+        lengths
+    }
+
     /// As `rows`, on tiles.
     ///
     /// # Safety
@@ -500,7 +636,7 @@ impl Call<'_, bf16> {
         let dv_rows = dv_tiles * 16;
         let q = s.q.at_least(padded * dp / 2);
         let o = s.o.at_least(padded * dv_rows);
-        let stat = s.stat.at_least(2 * padded);
+        let stat = s.stat.at_least(3 * padded);
         let scores = s.s.at_least(KEYS * STRIP);
         let wide_q: *mut u16 = s.wide_q.at_least(MAX_STRIP * dp / 2).cast();
         let own_k: *mut u16 = s.wide_k.at_least(KEYS * dp / 2).cast();
@@ -515,25 +651,39 @@ impl Call<'_, bf16> {
             let (b, w) = strip(i);
             for x in 0..b - i {
                 let to = wide_q.add(x * dp);
-                pad_row(self.q.row(bi, hi, rows.start + i + x).as_ptr().cast(), d, dp, to);
+                let row = self.q.row(bi, hi, rows.start + i + x);
+                pad_row(row.as_ptr().cast(), d, dp, to);
+                *stat.add(2 * padded + i + x) = length(row);
                 pairs[x] = to.cast_const().cast();
             }
             pack_pairs(&pairs[..b - i], dp / 2, w, q.add(i * dp / 2).cast());
         }
         std::slice::from_raw_parts_mut(o, padded * dv_rows).fill(0.0);
-        std::slice::from_raw_parts_mut(stat, padded).fill(NO_MAX);
+        std::slice::from_raw_parts_mut(stat, n).fill(NO_MAX);
+        // Lanes past the last query, all zeros, have seen a score of zero.
+        std::slice::from_raw_parts_mut(stat.add(n), padded - n).fill(0.0);
         std::slice::from_raw_parts_mut(stat.add(padded), padded).fill(0.0);
+        std::slice::from_raw_parts_mut(stat.add(2 * padded + n), padded - n).fill(0.0);
 
+        let chunks = tk.div_ceil(32);
+        let lengths = self.key_lengths.chunks(chunks.max(1)).nth(bi * self.k.shape[1] + kh).unwrap_or(&[]);
         let tiles = Tiles::new();
         for at in (0..s.keys.len()).step_by(KEYS) {
             let keys = &s.keys[at..(at + KEYS).min(s.keys.len())];
             let nk = keys.len();
+            let mut k_len = if lengths.is_empty() { f32::INFINITY } else { 0f32 };
             let mut k_at = [(std::ptr::null(), 0); KEYS / 32];
             let mut v_at = [std::ptr::null(); KEYS / 32];
             for (x, chunk) in keys.chunks(32).enumerate() {
                 let first = chunk[0] as usize;
                 // Rows that follow each other serve as they lie; others are gathered.
-                let run = chunk[chunk.len() - 1] as usize - first + 1 == chunk.len();
+                let last = chunk[chunk.len() - 1] as usize;
+                let run = last - first + 1 == chunk.len();
+                if run && !lengths.is_empty() {
+                    k_len = k_len.max(lengths[first / 32]).max(lengths[last / 32]);
+                } else if !lengths.is_empty() {
+                    k_len = chunk.iter().fold(k_len, |m, &j| m.max(lengths[j as usize / 32]));
+                }
                 k_at[x] = if run && chunk.len() == 32 && d == dp {
                     let step = self.k.strides[2];
                     (self.k.head(bi, kh).as_ptr().add(first * step).cast::<u8>(), 2 * step)
@@ -590,6 +740,9 @@ impl Call<'_, bf16> {
                     o: o.add(i * dv_rows),
                     m: stat.add(i),
                     l: stat.add(padded + i),
+                    q_len: stat.add(2 * padded + i),
+                    // Where a query does not see all keys, those must not decide how it is served.
+                    k_len: if edge { f32::INFINITY } else { k_len },
                 });
             }
         }

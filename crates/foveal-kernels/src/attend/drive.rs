@@ -34,7 +34,7 @@ pub(super) const WORK_TILE: usize = 64;
 const MAX_TASK: usize = 4 * WORK_TILE;
 
 /// Keys of the longest tile of any path.
-const MASKS: usize = 128;
+const MASKS: usize = 256;
 
 /// Consecutive queries of one head.
 struct Task {
@@ -94,6 +94,9 @@ pub(super) struct Call<'a, T> {
     pub(super) lse: Rows<'a, f32>,
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     pub(super) packed: Option<super::amx::PackedValues>,
+    /// Of the longest of each 32 keys, (B, H_kv, Tk / 32 rounded up), or empty.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    pub(super) key_lengths: Vec<f32>,
 }
 
 /// Run a call whose shapes and tables were checked.
@@ -171,11 +174,15 @@ pub(crate) fn run<T: Element>(
         lse: lse.rows(),
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         packed: None,
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        key_lengths: Vec::new(),
     };
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     if let Some(same) = call.on_tiles() {
         // SAFETY: a call on tiles is on a machine with AVX-512.
-        call.packed = unsafe { same.pack_all_values() };
+        let packed = unsafe { same.pack_all_values() };
+        call.key_lengths = same.lengths_of_keys();
+        call.packed = packed;
     }
     // A shared counter rather than a split of the list: tasks start in their order (long causal
     // rows of a head first, heads of a group together), so the tail is short tasks.

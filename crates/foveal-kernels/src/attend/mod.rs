@@ -88,7 +88,8 @@ impl<'a> Attend<'a> {
     }
 
     /// Run: q (B,H,Tq,D), k (B,Hkv,Tk,D), v (B,Hkv,Tk,Dv) into out (B,H,Tq,Dv) and,
-    /// if given, `lse` (B,H,Tq contiguous; natural log; −∞ for a row that sees no key).
+    /// if given, `lse` (B,H,Tq contiguous; natural log; −∞ for a row that sees no key;
+    /// of the weights as they are used: on AMX tiles they are rounded to bf16).
     /// A row that sees no key is zero.
     pub fn run<T: Element>(
         &self,
