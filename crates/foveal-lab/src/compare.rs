@@ -1,12 +1,14 @@
 //! Running a comparison: every plan at every length, with dense work shared.
 //!
-//! At one length, plans with the same prefill part form a group. A group's prompt of the plain
-//! text is timed (and gives perplexity where the store is dense); its needle prompt runs once and
-//! serves every member's store; the first three quarters of the text run once and serve every
+//! At one length there is one prompt: the text with the passkeys in it (the plain text where needles
+//! are left out). Plans with the same prefill part form a group, whose prompt gives everything: its
+//! time, perplexity where the store is dense (of the text's own tokens in its last quarter), and the
+//! store that needles and decoding start from. Three quarters of it run once more and serve every
 //! member's perplexity through its store. Captured keys and values live no longer than that.
 //!
-//! Repeats go round by round over all groups, so that a drift of the machine hits all alike, and
-//! decode steps of a store alternate with steps of a dense store of the same prompt.
+//! Dense is timed before and after all others, repeats go round by round over all groups, so that a
+//! drift of the machine hits all alike, and decode steps of a store alternate with steps of a dense
+//! store of the same prompt.
 
 use crate::error::{LabError, Result};
 use crate::needle::{self, Haystack, NeedleOptions};
@@ -217,6 +219,40 @@ struct PromptMeasured {
     failed: Option<String>,
 }
 
+/// What all plans read at one length.
+struct Subject {
+    tokens: Vec<u32>,
+    /// The last quarter of the text begins here.
+    from: usize,
+    /// Of each token from `from` on, whether it is the text's own.
+    own: Vec<bool>,
+    hay: Option<Haystack>,
+}
+
+impl Subject {
+    fn new(c: &Comparison, l: usize) -> Result<Self> {
+        let Some(o) = &c.options.needles else {
+            let from = ppl::split(l)?;
+            return Ok(Self { tokens: c.text[..l].to_vec(), from, own: vec![true; l - from], hay: None });
+        };
+        let hay = needle::haystack(c.tokenizer, c.text, l, o)?;
+        let own: Vec<usize> = (0..hay.prompt.len()).filter(|&i| hay.text[i]).collect();
+        let from = own[ppl::split(own.len())?];
+        Ok(Self { tokens: hay.prompt.clone(), from, own: hay.text[from..].to_vec(), hay: Some(hay) })
+    }
+
+    /// Tokens that are scored.
+    fn scored(&self) -> usize {
+        self.own.iter().filter(|x| **x).count()
+    }
+
+    /// Of −ln p of the tokens from `from` on.
+    fn perplexity(&self, nll: &[f64]) -> f64 {
+        let own: Vec<f64> = nll.iter().zip(&self.own).filter(|x| *x.1).map(|x| *x.0).collect();
+        ppl::perplexity(&own)
+    }
+}
+
 /// Plans with one prefill part.
 struct Group {
     plan: Plan,
@@ -297,8 +333,9 @@ impl Comparison<'_> {
         let stores = |g: &Group| g.members.iter().filter(|&&m| matches!(roles[m], Role::Cache | Role::Both)).count();
         let mut total = 0.0;
         for &l in &lengths {
+            total += cost(l);
             for g in &groups {
-                total += 2.0 * cost(l) + 0.3 * cost(l) * g.members.len() as f64;
+                total += cost(l) + 0.3 * cost(l) * g.members.len() as f64;
                 total += if stores(g) > 0 { 0.6 * cost(l) + 0.6 * cost(l) * stores(g) as f64 } else { 0.0 };
             }
         }
@@ -410,112 +447,80 @@ impl Run<'_, '_> {
 
     fn length(&mut self, l: usize, groups: &[Group], shown: Option<(usize, usize)>) -> Result<Vec<Row>> {
         let c = self.c;
-        let text = &c.text[..l];
-        let scored = l - ppl::split(l)?;
+        let subject = Subject::new(c, l)?;
         let mut measured = vec![Measured::default(); self.plans.len()];
-
-        // 1. The plain text: time, work, and perplexity of dense stores.
         let mut prompts = vec![PromptMeasured::default(); groups.len()];
-        let mut repeats = 1;
-        let mut round = 0;
-        while round < repeats {
-            for (g, group) in groups.iter().enumerate() {
-                if prompts[g].failed.is_some() {
-                    continue;
-                }
-                self.tell(format!("{l} tokens: prompt, {}", group_name(&self.plans, group)))?;
-                let o = self.options(if round == 0 && c.options.ppl {
-                    LogitsFor::LastN(scored + 1)
-                } else {
-                    LogitsFor::Last
-                });
-                let done = self.survive(c.model.prefill(text, &group.plan, &o).map_err(Into::into))?;
-                match done {
-                    Ok(p) => {
-                        let m = &mut prompts[g];
-                        m.add(&p);
-                        if round == 0 {
-                            if g == 0 {
-                                repeats = ((c.options.repeat_seconds / p.stats.seconds).ceil() as usize).clamp(1, 5);
-                            }
-                            if c.options.ppl {
-                                let ppl = ppl::of_prompt(c.model, &p, text)?;
-                                for &i in group.members.iter().filter(|&&i| self.roles[i] != Role::Cache) {
-                                    measured[i].ppl = (self.roles[i] != Role::Both).then_some(ppl);
-                                }
-                            }
-                        }
-                    }
-                    Err(e) if g == 0 => {
-                        return Err(LabError::Length { length: l, problem: format!("dense attention failed: {e}") });
-                    }
-                    Err(e) => prompts[g].failed = Some(e),
-                }
-                if round == 0 {
-                    self.done += cost(l);
-                }
-            }
-            round += 1;
-        }
-        if repeats == 1 && groups.len() > 1 {
-            // Dense came first and alone decides every ratio: once more at the end.
-            self.tell(format!("{l} tokens: prompt, dense again"))?;
-            let p = c.model.prefill(text, &groups[0].plan, &self.options(LogitsFor::Last))?;
-            prompts[0].add(&p);
-        }
+        let dense_failed = |e: String| LabError::Length { length: l, problem: format!("dense attention failed: {e}") };
 
-        // 2. The needle prompt and what hangs on it: errors, stores, decoding, needles, pictures.
-        let hay = match &c.options.needles {
-            Some(o) => Some(needle::haystack(c.tokenizer, c.text, l, o)?),
-            None => None,
-        };
-        for (g, group) in groups.iter().enumerate() {
-            if let Some(e) = &prompts[g].failed {
-                group.members.iter().for_each(|&m| measured[m].failed = Some(e.clone()));
-                continue;
-            }
-            let done = self.stores(l, group, hay.as_ref(), shown, &mut measured);
+        // 1. Dense alone, which also tells how often short prompts are to be repeated.
+        self.tell(format!("{l} tokens: prompt, dense"))?;
+        let first = c.model.prefill(&subject.tokens, &groups[0].plan, &self.options(LogitsFor::Last));
+        let first = self.survive(first.map_err(Into::into))?.map_err(dense_failed)?;
+        prompts[0].add(&first);
+        self.done += cost(l);
+        let repeats = ((c.options.repeat_seconds / first.stats.seconds).ceil() as usize).clamp(1, 5);
+        drop(first);
+
+        // 2. Everything that hangs on a group's prompt; dense last, so that it frames the others.
+        for (g, group) in groups.iter().enumerate().skip(1).chain(groups.iter().enumerate().take(1)) {
+            let done = self.group(&subject, l, group, shown, &mut prompts[g], &mut measured);
             if let Err(e) = self.survive(done)? {
                 if g == 0 {
-                    return Err(LabError::Length { length: l, problem: format!("dense attention failed: {e}") });
+                    return Err(dense_failed(e));
                 }
                 group.members.iter().for_each(|&m| measured[m].failed = Some(e.clone()));
+                prompts[g].failed = Some(e);
+            }
+        }
+        for _ in 1..repeats {
+            for (g, group) in
+                groups.iter().enumerate().filter(|(g, _)| prompts[*g].failed.is_none()).collect::<Vec<_>>()
+            {
+                self.tell(format!("{l} tokens: prompt, {}", group_name(&self.plans, group)))?;
+                let p = c.model.prefill(&subject.tokens, &group.plan, &self.options(LogitsFor::Last))?;
+                prompts[g].add(&p);
             }
         }
 
         // 3. Perplexity through the stores.
         if c.options.ppl {
             for group in groups {
-                self.store_ppl(l, group, &mut measured)?;
+                self.store_ppl(&subject, l, group, &mut measured)?;
             }
         }
-        self.rows(l, groups, &prompts, &measured)
+        self.rows(l, subject.scored(), groups, &prompts, &measured)
     }
 
-    fn stores(
+    /// A group's prompt: time, perplexity, errors, stores, decoding, needles, pictures.
+    fn group(
         &mut self,
+        subject: &Subject,
         l: usize,
         group: &Group,
-        hay: Option<&Haystack>,
         shown: Option<(usize, usize)>,
+        timed: &mut PromptMeasured,
         measured: &mut [Measured],
     ) -> Result<()> {
         let c = self.c;
-        let reserve = c.options.decode_steps + 4;
-        let tokens: &[u32] = hay.map_or(&c.text[..l - reserve.min(l / 2)], |h| &h.prompt);
+        let (tokens, hay) = (&subject.tokens[..], subject.hay.as_ref());
         let sparse = group.plan != prompt_part(&self.plans[0]);
         let has_store = |r: Role| matches!(r, Role::Cache | Role::Both);
         let stored: Vec<usize> = group.members.iter().copied().filter(|&m| has_store(self.roles[m])).collect();
         let plain: Vec<usize> = group.members.iter().copied().filter(|&m| !has_store(self.roles[m])).collect();
-        // A sparse prompt whose store stays dense has nothing left to measure without needles.
-        self.tell(format!("{l} tokens: needle prompt, {}", group_name(&self.plans, group)))?;
-        let mut o = self.options(LogitsFor::None);
+        self.tell(format!("{l} tokens: prompt, {}", group_name(&self.plans, group)))?;
+        let scored = tokens.len() - subject.from;
+        let mut o = self.options(if c.options.ppl { LogitsFor::LastN(scored + 1) } else { LogitsFor::Last });
         o.probe_rows = if sparse { c.options.probe_rows } else { 0 };
         o.record = shown.into_iter().collect();
         o.capture = !stored.is_empty();
         o.capture_pre = stored.iter().any(|&m| self.needs[m].pre_rotation);
         let (reference, prompt) = c.model.start(tokens, &group.plan, None, &o)?;
+        timed.add(&prompt);
         self.done += cost(l);
+        if c.options.ppl && !plain.is_empty() {
+            let ppl = subject.perplexity(&ppl::of_prompt(c.model, &prompt, tokens, subject.from)?);
+            plain.iter().for_each(|&m| measured[m].ppl = Some(ppl));
+        }
         let prompt_error = OutputError::of(prompt.probe.iter().map(|&x| f64::from(x)).collect(), Place::Prompt);
         for &m in &group.members {
             measured[m].error = prompt_error.clone();
@@ -663,7 +668,7 @@ impl Run<'_, '_> {
         Ok((m, visited))
     }
 
-    fn store_ppl(&mut self, l: usize, group: &Group, measured: &mut [Measured]) -> Result<()> {
+    fn store_ppl(&mut self, subject: &Subject, l: usize, group: &Group, measured: &mut [Measured]) -> Result<()> {
         let c = self.c;
         let members: Vec<usize> = group
             .members
@@ -674,12 +679,12 @@ impl Run<'_, '_> {
         if members.is_empty() {
             return Ok(());
         }
-        let from = ppl::split(l)?;
+        let (before, rest) = subject.tokens.split_at(subject.from);
         self.tell(format!("{l} tokens: first three quarters, {}", group_name(&self.plans, group)))?;
         let mut o = self.options(LogitsFor::Last);
         o.capture = true;
         o.capture_pre = members.iter().any(|&m| self.needs[m].pre_rotation);
-        let prompt = c.model.prefill(&c.text[..from], &group.plan, &o)?;
+        let prompt = c.model.prefill(before, &group.plan, &o)?;
         self.done += 0.6 * cost(l);
         let h = c.model.config().hidden_size;
         for m in members {
@@ -688,7 +693,7 @@ impl Run<'_, '_> {
                 let s = c.model.session(&prompt, &self.plans[m], self.calibration.as_ref())?;
                 let mut s = s.cancel_with(self.cancel.clone());
                 let last = &prompt.hidden[prompt.hidden.len() - h..];
-                ppl::of_session(c.model, &mut s, last, &c.text[from..l], ppl::PIECE)
+                Ok(subject.perplexity(&ppl::of_session(c.model, &mut s, last, rest, ppl::PIECE)?))
             };
             match self.survive(one())? {
                 Ok(p) => measured[m].ppl = Some(p),
@@ -699,8 +704,14 @@ impl Run<'_, '_> {
         Ok(())
     }
 
-    fn rows(&self, l: usize, groups: &[Group], prompts: &[PromptMeasured], measured: &[Measured]) -> Result<Vec<Row>> {
-        let scored = l - ppl::split(l)?;
+    fn rows(
+        &self,
+        l: usize,
+        scored: usize,
+        groups: &[Group],
+        prompts: &[PromptMeasured],
+        measured: &[Measured],
+    ) -> Result<Vec<Row>> {
         let dense_prompt = prompts[0].summary();
         let dense_store = measured[0]
             .store
@@ -769,7 +780,7 @@ impl Run<'_, '_> {
 impl PromptMeasured {
     fn add(&mut self, p: &Prompt) {
         let s = &p.stats;
-        self.seconds.push(s.seconds);
+        self.seconds.push(s.seconds - s.store_seconds);
         self.attention.push(s.attention_seconds);
         self.select.push(s.select_seconds);
         self.pairs = s.attend.pairs;

@@ -72,7 +72,7 @@ pub fn ppl(
     if matches!(role, crate::results::Role::Dense | crate::results::Role::Prefill) {
         o.logits = LogitsFor::LastN(tokens + 1);
         let p = model.prefill(text, plan, &o)?;
-        let ppl = ppl::of_prompt(model, &p, text)?;
+        let ppl = ppl::perplexity(&ppl::of_prompt(model, &p, text, from)?);
         return Ok(PplScore { ppl, tokens, length, prompt_seconds: p.stats.seconds, kv_bytes: None });
     }
     o.logits = LogitsFor::Last;
@@ -80,7 +80,7 @@ pub fn ppl(
     let kv_bytes = Some(s.resident().total());
     let h = model.config().hidden_size;
     let last = &p.hidden[p.hidden.len() - h..];
-    let ppl = ppl::of_session(model, &mut s, last, &text[from..], ppl::PIECE)?;
+    let ppl = ppl::perplexity(&ppl::of_session(model, &mut s, last, &text[from..], ppl::PIECE)?);
     Ok(PplScore { ppl, tokens, length, prompt_seconds: p.stats.seconds, kv_bytes })
 }
 

@@ -80,6 +80,8 @@ impl Default for NeedleOptions {
 pub struct Haystack {
     /// The chat up to the end of the text.
     pub prompt: Vec<u32>,
+    /// Of each token of the prompt, whether it is the text's own (neither template nor passkey).
+    pub text: Vec<bool>,
     /// One per passkey, shallowest first.
     pub questions: Vec<Question>,
 }
@@ -173,21 +175,26 @@ pub fn haystack(words: &dyn Words, text: &[u32], length: usize, o: &NeedleOption
     }
     let text = &text[..hay];
 
+    let mut own = vec![false; head.len()];
     let mut prompt = head;
     let mut from = 0;
     for (i, needle) in needles.iter().enumerate() {
         let want = ((i as f64 + 0.5) / o.trials as f64 * hay as f64) as usize;
         let at = sentence_end(words, text, want, from)?;
         prompt.extend_from_slice(&text[from..at]);
+        own.resize(prompt.len(), true);
         questions[i].depth = prompt.len() as f64;
         prompt.extend_from_slice(needle);
+        own.resize(prompt.len(), false);
         from = at;
     }
     prompt.extend_from_slice(&text[from..]);
+    own.resize(prompt.len(), true);
     prompt.extend_from_slice(&tail);
+    own.resize(prompt.len(), false);
     let all = prompt.len() as f64;
     questions.iter_mut().for_each(|q| q.depth /= all);
-    Ok(Haystack { prompt, questions })
+    Ok(Haystack { prompt, text: own, questions })
 }
 
 /// The place nearest to `want` (not before `from`) that follows the end of a sentence or line.
@@ -293,12 +300,19 @@ mod tests {
             assert!(matches!(prompt.as_bytes()[at - 1], b'.' | b';'), "{}", &prompt[at - 20..at]);
             assert!((at as f64 / prompt.len() as f64 - q.depth).abs() < 1e-12);
             assert!((q.depth - (i as f64 + 0.5) / 10.0).abs() < 0.05, "{i}: {}", q.depth);
+            let start = prompt.find(&needle).unwrap();
+            assert!(h.text[start - 1] && !h.text[start] && !h.text[start + needle.len() - 1]);
+            assert!(h.text[start + needle.len()]);
             let asked = Chars.decode(&q.tokens).unwrap();
             assert!(asked.ends_with(&format!("</user><assistant>The passkey is {} {}", q.name, q.passkey)));
             assert_eq!(q.answer, 5);
         }
         let longest = h.questions.iter().map(|q| q.tokens.len()).max().unwrap();
         assert_eq!(h.prompt.len() + longest, 4000);
+        // Template and passkeys taken away, the text is left.
+        let own: Vec<u32> = h.prompt.iter().zip(&h.text).filter(|x| *x.1).map(|x| *x.0).collect();
+        assert_eq!(own, text()[..own.len()]);
+        assert!(own.len() > 3000);
     }
 
     #[test]

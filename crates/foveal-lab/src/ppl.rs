@@ -22,13 +22,12 @@ pub fn perplexity(nll: &[f64]) -> f64 {
     (nll.iter().sum::<f64>() / nll.len().max(1) as f64).exp()
 }
 
-/// From a prompt of all of `tokens`, run with `LogitsFor::LastN(n + 1)` or more, n the tokens of
-/// the last quarter.
+/// −ln p of `tokens[from..]`, from a prompt of all of `tokens`, run with `LogitsFor::LastN(n + 1)` or
+/// more, n the tokens from `from` on.
 ///
 /// # Errors
-/// Too few tokens, or rows that the prompt did not keep.
-pub fn of_prompt(model: &Model, prompt: &Prompt, tokens: &[u32]) -> Result<f64> {
-    let from = split(tokens.len())?;
+/// Rows that the prompt did not keep.
+pub fn of_prompt(model: &Model, prompt: &Prompt, tokens: &[u32], from: usize) -> Result<Vec<f64>> {
     let n = tokens.len() - from;
     let h = model.config().hidden_size;
     if prompt.hidden_rows < n + 1 {
@@ -40,15 +39,21 @@ pub fn of_prompt(model: &Model, prompt: &Prompt, tokens: &[u32]) -> Result<f64> 
     }
     // Row t predicts token t + 1; the last row predicts a token that is not scored.
     let first = prompt.hidden_rows - n - 1;
-    Ok(perplexity(&model.nll(&prompt.hidden[first * h..(first + n) * h], &tokens[from..])))
+    Ok(model.nll(&prompt.hidden[first * h..(first + n) * h], &tokens[from..]))
 }
 
-/// From a session that stands at the end of the first three quarters; `last_row` is the final
-/// hidden row of the prompt.
+/// −ln p of `rest`, from a session that stands before it; `last_row` is the final hidden row of what
+/// stands before.
 ///
 /// # Errors
 /// The engine refused.
-pub fn of_session(model: &Model, session: &mut Session, last_row: &[f32], rest: &[u32], piece: usize) -> Result<f64> {
+pub fn of_session(
+    model: &Model,
+    session: &mut Session,
+    last_row: &[f32],
+    rest: &[u32],
+    piece: usize,
+) -> Result<Vec<f64>> {
     let mut nll = model.nll(last_row, &rest[..1]);
     let mut at = 0;
     while at + 1 < rest.len() {
@@ -58,7 +63,7 @@ pub fn of_session(model: &Model, session: &mut Session, last_row: &[f32], rest: 
         nll.extend(model.nll(&e.hidden, &rest[at + 1..at + n + 1]));
         at += n;
     }
-    Ok(perplexity(&nll))
+    Ok(nll)
 }
 
 #[cfg(test)]

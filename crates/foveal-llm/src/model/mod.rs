@@ -167,6 +167,8 @@ pub struct Stats {
     pub attention_seconds: f64,
     /// Of it in selection.
     pub select_seconds: f64,
+    /// Of `seconds`, keeping keys and values: filling stores, capturing.
+    pub store_seconds: f64,
     /// Work of exact attention over what was selected.
     pub attend: Work,
     /// Work of the estimators.
@@ -186,6 +188,7 @@ impl Stats {
         self.seconds += o.seconds;
         self.attention_seconds += o.attention_seconds;
         self.select_seconds += o.select_seconds;
+        self.store_seconds += o.store_seconds;
         self.attend += o.attend;
         self.select += o.select;
         self.tokens += o.tokens;

@@ -171,6 +171,7 @@ impl Model {
                 out.probe.push(if norm > 0.0 { (error / norm).sqrt() as f32 } else { 0.0 });
             }
             drop(q);
+            let keeping = Instant::now();
             with_slice(&k, |k| {
                 with_slice(&v, |v| -> Result<()> {
                     keep(l, &foveal::cache::Prompt { len: t, k_pre: &k_pre, k, v, q_obs: &q_obs, q_len })?;
@@ -181,6 +182,7 @@ impl Model {
                     Ok(())
                 })?
             })??;
+            stats.store_seconds += keeping.elapsed().as_secs_f64();
         }
         out.hidden = self.final_norm(&x[(t - wanted) * hidden..])?;
         out.kv = Arc::new(captured);
