@@ -22,6 +22,7 @@ pub mod isa;
 mod lanes;
 pub mod linear;
 pub mod merge;
+pub mod rank;
 pub mod recur;
 mod simd;
 pub mod table;
