@@ -6,12 +6,25 @@
 //! gathers the values. That costs the FLOPs of dense attention (and says so in the work
 //! returned) but runs at the speed of matrix products, where gathering rows one query at a
 //! time would wait for memory.
+//!
+//! Where the machine has bf16 tiles and the store is no wider than bf16 anyway ([`on_tiles`]), all
+//! of this runs on them: scores key by key, choices as one mark a key for 64 queries
+//! ([`foveal_kernels::rank`]), attention under these marks. Queries that only score are split in
+//! two bf16 parts, so that choices are those of f32 queries; queries and weights of the attention
+//! itself are rounded to bf16, as in a prompt.
 
 use super::{CacheCtx, Prompt, Step};
 use crate::error::{Error, Result};
 use crate::prim::gemm;
+use crate::prim::kv::{KvDtype, RowStore};
+use foveal_kernels::decode::Codec;
 use foveal_kernels::exp::{self, Fun};
-use foveal_kernels::{Isa, Work};
+use foveal_kernels::rank::WIDTH;
+use foveal_kernels::{Attend, BlockTable, HeadTable, Isa, PackedLinear, View, ViewMut, Work};
+use half::bf16;
+use std::borrow::Cow;
+use std::cell::Cell;
+use std::ops::Range;
 
 /// Rows per step from which the batched path is taken.
 pub(crate) const BATCH_FROM: usize = 3;
@@ -94,14 +107,7 @@ pub(crate) fn window_from(c: &CacheCtx, visible: usize) -> usize {
 }
 
 /// Rows `rows` of the `group` query heads of K/V head `g`, stacked as (group·rows, D).
-pub(crate) fn stack_rows(
-    x: &[f32],
-    g: usize,
-    group: usize,
-    n: usize,
-    d: usize,
-    rows: std::ops::Range<usize>,
-) -> Vec<f32> {
+pub(crate) fn stack_rows(x: &[f32], g: usize, group: usize, n: usize, d: usize, rows: Range<usize>) -> Vec<f32> {
     let mut out = Vec::with_capacity(group * rows.len() * d);
     for h in g * group..(g + 1) * group {
         out.extend_from_slice(&x[(h * n + rows.start) * d..(h * n + rows.end) * d]);
@@ -117,7 +123,7 @@ pub(crate) fn unstack_rows(
     group: usize,
     n: usize,
     d: usize,
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
 ) {
     let w = rows.len() * d;
     for a in 0..group {
@@ -260,6 +266,124 @@ pub(crate) fn gather_values(weights: &[f32], sums: &[f32], v: &[f32], keys: usiz
         row.iter_mut().for_each(|x| *x *= inv);
     }
     (out, flops)
+}
+
+/// Whether many rows of a layer are attended to on bf16 tiles.
+pub(crate) fn on_tiles(c: &CacheCtx) -> bool {
+    Isa::active() == Isa::Amx && c.dtype != KvDtype::F32 && c.scale > 0.0
+}
+
+/// All rows of a store as bf16, in place if they are.
+pub(crate) fn bf16_rows(s: &RowStore) -> Cow<'_, [bf16]> {
+    match s.codec() {
+        Codec::Bf16 { data, .. } => Cow::Borrowed(data),
+        _ => Cow::Owned(to_bf16(&s.to_f32())),
+    }
+}
+
+/// Rounded to bf16.
+pub(crate) fn to_bf16(x: &[f32]) -> Vec<bf16> {
+    x.iter().map(|&x| bf16::from_f32(x)).collect()
+}
+
+/// The first `width` elements of rows `stride` apart, each row twice: what meets [`ScoreTile`].
+pub(crate) fn doubled(k: &[bf16], stride: usize, width: usize) -> Vec<f32> {
+    let mut out = Vec::with_capacity(k.len() / stride.max(1) * 2 * width);
+    for row in k.chunks_exact(stride) {
+        for _ in 0..2 {
+            out.extend(row[..width].iter().map(|x| f32::from_bits(u32::from(x.to_bits()) << 16)));
+        }
+    }
+    out
+}
+
+/// Up to 64 queries, packed to score keys: each is split into what bf16 holds of it and the rest.
+pub(crate) struct ScoreTile(PackedLinear);
+
+impl ScoreTile {
+    /// `rows` are queries of `width` elements.
+    pub(crate) fn new<'a>(rows: impl Iterator<Item = &'a [f32]>, width: usize) -> Result<Self> {
+        let mut w = vec![0f32; WIDTH * 2 * width];
+        for (w, q) in w.chunks_exact_mut((2 * width).max(1)).zip(rows) {
+            let (high, low) = w.split_at_mut(width);
+            for ((h, l), &x) in high.iter_mut().zip(low).zip(q) {
+                *h = bf16::from_f32(x).to_f32();
+                *l = x - *h;
+            }
+        }
+        Ok(Self(PackedLinear::pack_bf16(&w, WIDTH, 2 * width)?))
+    }
+
+    /// Scores (keys, 64) of [`doubled`] rows; the FLOPs spent.
+    pub(crate) fn scores(&self, keys: &[f32], out: &mut [f32]) -> Result<u64> {
+        let n = keys.len() / self.0.k().max(1);
+        Ok(self.0.forward(keys, n, &mut out[..n * WIDTH], Isa::active())?.flops)
+    }
+}
+
+thread_local! {
+    /// Tiles of scores are megabytes: fresh memory each time would cost as much as filling it.
+    static TILES: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+/// Run `f` on `n` floats of this thread's scratch, of any content. Taken out meanwhile: a thread that
+/// waits inside `f` may be given another task.
+pub(crate) fn with_tile<R>(n: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
+    let mut tile = TILES.take();
+    if tile.len() < n {
+        tile.resize(n, 0.0);
+    }
+    let r = f(&mut tile[..n]);
+    TILES.set(tile);
+    r
+}
+
+/// Marks of consecutive blocks of 64 rows as a table of single keys.
+pub(crate) fn marked<'a>(blocks: impl Iterator<Item = &'a [u64]>) -> HeadTable {
+    let (mut indptr, mut keys, mut rows) = (vec![0], Vec::new(), Vec::new());
+    for marks in blocks {
+        for (j, &m) in marks.iter().enumerate().filter(|(_, m)| **m != 0) {
+            keys.push(j as u32);
+            rows.push(m);
+        }
+        indptr.push(keys.len());
+    }
+    HeadTable { block_q: WIDTH, block_k: 1, indptr, blocks: keys, rows: Some(rows) }
+}
+
+/// Attention of some query heads of one K/V head on bf16 tiles.
+pub(crate) struct Rows<'a> {
+    pub scale: f32,
+    pub causal: bool,
+    pub window: Option<usize>,
+    /// Query heads, rows of each, their width, the values' width.
+    pub shape: [usize; 4],
+    pub k: &'a [bf16],
+    pub v: &'a [bf16],
+}
+
+impl Rows<'_> {
+    /// `q` (heads, rows, width) to `out` (heads, rows, value width) and `lse` (heads, rows).
+    pub(crate) fn attend(
+        &self,
+        q: &[f32],
+        tables: Option<Vec<HeadTable>>,
+        out: &mut [f32],
+        lse: &mut [f32],
+    ) -> Result<Work> {
+        let [heads, rows, d, dv] = self.shape;
+        let keys = self.k.len() / d.max(1);
+        let q = to_bf16(q);
+        let table = tables.map(|heads| BlockTable { heads });
+        let call = Attend::new(self.scale).causal(self.causal).window(self.window).table(table.as_ref());
+        Ok(call.run(
+            &View::contiguous("q", &q, [1, heads, rows, d])?,
+            &View::contiguous("k", self.k, [1, 1, keys, d])?,
+            &View::contiguous("v", self.v, [1, 1, keys, dv])?,
+            &mut ViewMut::contiguous("out", out, [1, heads, rows, dv])?,
+            Some(lse),
+        )?)
+    }
 }
 
 #[cfg(test)]

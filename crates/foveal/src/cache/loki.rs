@@ -13,7 +13,7 @@
 //!
 //! Where we had to choose: see [`CARD`].
 
-use super::batch::{self, BATCH_FROM};
+use super::batch::{self, BATCH_FROM, ScoreTile};
 use super::{CacheCtx, CachePolicy, LayerCache, Needs, Prompt, Resident, Step};
 use crate::error::{Error, Result};
 use crate::prim::factor::symmetric_eigen;
@@ -21,9 +21,11 @@ use crate::prim::gemm;
 use crate::prim::kv::RowStore;
 use crate::system::{Card, Config, Family, Law, Params, Slot, System, configure, params_of};
 use foveal_kernels::decode::{Decode, Segment, key_scores};
+use foveal_kernels::rank::{WIDTH, top_marks};
 use foveal_kernels::{HeadKeys, Isa, KeyLists, Work};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Parameters.
@@ -81,6 +83,9 @@ pub const CARD: Card = Card {
         "Directions come from the uncentred second moment: scores are inner products, so a mean that is \
          subtracted would have to be added back; the authors' code stores means but does not use them.",
         "Each query head of a group chooses its own tokens, as the authors do after repeating K/V heads.",
+        "Three or more tokens in one step, on a machine with AMX and a store of bf16 or int8: tokens are chosen by scores of queries \
+         split in two bf16 parts (error 2⁻¹⁶) and attended to with bf16 queries and weights, as in a prompt. One or two tokens, and \
+         f32 stores, keep f32 queries.",
         "The number of tokens is ⌊topk·T⌋ of what the query sees, at least 1; no recent window is forced.",
     ],
     params: params_of::<Loki>,
@@ -166,7 +171,7 @@ struct Layer {
 /// What one tile of rows gives.
 struct Part {
     g: usize,
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
     out: Vec<f32>,
     /// Lists of the step's last row, one per query head of the group, if it is in this tile.
     lists: Vec<Vec<u32>>,
@@ -241,7 +246,7 @@ impl Layer {
     }
 
     /// A tile of rows of one K/V head by matrix products.
-    fn tile(&self, s: &Step, g: usize, rows: std::ops::Range<usize>, k: &[f32], v: &[f32]) -> Part {
+    fn tile(&self, s: &Step, g: usize, rows: Range<usize>, k: &[f32], v: &[f32]) -> Part {
         let c = &self.ctx;
         let (d, n) = (c.head_dim, s.n);
         let group = c.num_heads / c.num_kv_heads;
@@ -275,6 +280,63 @@ impl Layer {
     }
 }
 
+impl Layer {
+    /// All rows of a step on bf16 tiles.
+    fn rows_on_tiles(&mut self, s: &Step, out: &mut [f32]) -> Result<Work> {
+        let c = &self.ctx;
+        let (d, n, keys) = (c.head_dim, s.n, s.pos + s.n);
+        let group = c.num_heads / c.num_kv_heads;
+        let width = self.cfg.width(d);
+        let blocks = n.div_ceil(WIDTH);
+        let mut work = Work::default();
+        let mut visited = Vec::with_capacity(c.num_heads);
+        for (g, head) in self.heads.iter().enumerate() {
+            let (k, v) = (batch::bf16_rows(&head.k), batch::bf16_rows(&head.v));
+            let q = &s.q[g * group * n * d..][..group * n * d];
+            let mut qp = vec![0f32; group * n * d];
+            work.flops += gemm::ab(group * n, d, d, q, &head.basis, &mut qp);
+            let short = batch::doubled(&k, d, width);
+            // Long rows first: they take longer.
+            let tasks: Vec<(usize, usize)> = (0..blocks).rev().flat_map(|b| (0..group).map(move |a| (a, b))).collect();
+            let parts: Vec<(Vec<u64>, u64, u64)> = tasks
+                .par_iter()
+                .with_max_len(1)
+                .map(|&(a, b)| -> Result<_> {
+                    let rows = b * WIDTH..((b + 1) * WIDTH).min(n);
+                    let seen = s.pos + rows.end;
+                    let spans: Vec<Range<usize>> =
+                        rows.clone().map(|i| batch::window_from(c, s.pos + i + 1)..s.pos + i + 1).collect();
+                    let keep: Vec<usize> = spans.iter().map(|s| self.cfg.count(s.len())).collect();
+                    let tile = ScoreTile::new(rows.map(|i| &qp[(a * n + i) * d..][..width]), width)?;
+                    let mut marks = vec![0u64; seen];
+                    let flops = batch::with_tile(seen * WIDTH, |scores| -> Result<_> {
+                        let flops = tile.scores(&short[..seen * 2 * width], scores)?;
+                        top_marks(scores, &spans, &keep, &mut marks, Isa::active())?;
+                        Ok(flops)
+                    })?;
+                    Ok((marks, flops, keep.iter().map(|&k| k as u64).sum()))
+                })
+                .collect::<Result<_>>()?;
+            let pairs: u64 = parts.iter().map(|p| p.2).sum();
+            work.flops += parts.iter().map(|p| p.1).sum::<u64>();
+            let of = |a: usize, b: usize| parts[(blocks - 1 - b) * group + a].0.as_slice();
+            let tables = (0..group).map(|a| batch::marked((0..blocks).map(|b| of(a, b)))).collect();
+            let bit = (n - 1) % WIDTH;
+            visited.extend((0..group).map(|a| {
+                let last = of(a, blocks - 1);
+                (0..keys as u32).filter(|&j| last[j as usize] >> bit & 1 == 1).collect::<Vec<u32>>()
+            }));
+            let rows =
+                batch::Rows { scale: c.scale, causal: true, window: None, shape: [group, n, d, d], k: &k, v: &v };
+            let mut lse = vec![0f32; group * n];
+            let o = &mut out[g * group * n * d..][..group * n * d];
+            work += Work { pairs, ..rows.attend(&qp, Some(tables), o, &mut lse)? };
+        }
+        self.visited = Some(visited);
+        Ok(work)
+    }
+}
+
 impl LayerCache for Layer {
     fn fill(&mut self, p: &Prompt) -> Result<()> {
         batch::check_prompt(CARD.id, &self.ctx, p, false)?;
@@ -292,6 +354,9 @@ impl LayerCache for Layer {
                 work += self.row(s, i, out)?;
             }
             return Ok(work);
+        }
+        if batch::on_tiles(&self.ctx) {
+            return self.rows_on_tiles(s, out);
         }
         let group = self.ctx.num_heads / hkv;
         let flat: Vec<(Vec<f32>, Vec<f32>)> = self.heads.par_iter().map(|h| (h.k.to_f32(), h.v.to_f32())).collect();

@@ -15,7 +15,7 @@
 //!
 //! Where we had to choose: see [`CARD`].
 
-use super::batch::{self, BATCH_FROM};
+use super::batch::{self, BATCH_FROM, ScoreTile};
 use super::dense::{DenseLayer, dense_bytes};
 use super::{CacheCtx, CachePolicy, LayerCache, Prompt, Resident, Step};
 use crate::error::Result;
@@ -23,9 +23,13 @@ use crate::prim::gemm;
 use crate::prim::select::topk;
 use crate::system::{Card, Config, Family, Law, Params, Slot, System, configure, params_of};
 use foveal_kernels::decode::{Decode, Segment, key_scores};
+use foveal_kernels::rank::{WIDTH, add_softmax, top_marks};
 use foveal_kernels::{HeadKeys, Isa, KeyLists, Work};
+use half::bf16;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Parameters.
@@ -102,6 +106,9 @@ pub const CARD: Card = Card {
          as in the authors' code.",
         "Several tokens in one step are treated as decoded one after the other, each with its own query; the authors \
          average the queries of a prefill chunk, which would let a token's selection depend on later tokens.",
+        "Three or more tokens in one step, on a machine with AMX and a store of bf16 or int8: votes come from queries split in two bf16 \
+         parts (error 2⁻¹⁶), and attention runs on bf16 queries and weights, as in a prompt. One or two tokens, and f32 stores, keep \
+         f32 queries.",
         "No pooling of votes (the authors' optional KERNEL_SIZE).",
     ],
     params: params_of::<TokenSelect>,
@@ -313,16 +320,103 @@ impl Layer {
         (lists, work)
     }
 
-    /// A tile of rows of one K/V head: all scores, those not read set to −∞.
-    fn tile(
+    /// [`Self::select_many`] on bf16 tiles.
+    fn select_on_tiles(&self, s: &Step, rows: &[usize], keys: &[Cow<[bf16]>]) -> Result<(Vec<Vec<u32>>, Work)> {
+        let (d, hkv, n) = (self.ctx.head_dim, self.ctx.num_kv_heads, s.n);
+        let group = self.ctx.num_heads / hkv;
+        if rows.is_empty() {
+            return Ok((Vec::new(), Work::default()));
+        }
+        let keys: Vec<Vec<f32>> = keys.par_iter().map(|k| batch::doubled(k, d, d)).collect();
+        let scale = if self.cfg.scaled { self.ctx.scale } else { 1.0 };
+        let block = rows.len().div_ceil(rayon::current_num_threads()).next_multiple_of(16).min(WIDTH);
+        let parts: Vec<(Vec<Vec<u32>>, u64)> = rows
+            .par_chunks(block)
+            .map(|block| -> Result<_> {
+                let bounds = |&i: &usize| self.bounds(s.pos + i + 1).map_or(0..0, |(from, to, _)| from..to);
+                let spans: Vec<Range<usize>> = block.iter().map(bounds).collect();
+                let seen = spans.iter().map(|s| s.end).max().unwrap_or(0);
+                let keep = vec![self.cfg.topk; spans.len()];
+                let (mut marks, mut flops) = (vec![0u64; seen], 0);
+                batch::with_tile(2 * seen * WIDTH, |tile| -> Result<()> {
+                    let (votes, scores) = tile.split_at_mut(seen * WIDTH);
+                    votes.fill(0.0);
+                    for h in 0..hkv * group {
+                        let of = ScoreTile::new(block.iter().map(|&i| &s.q[(h * n + i) * d..][..d]), d)?;
+                        flops += of.scores(&keys[h / group][..seen * 2 * d], scores)?;
+                        add_softmax(scores, &spans, scale, votes, Isa::active())?;
+                    }
+                    Ok(top_marks(votes, &spans, &keep, &mut marks, Isa::active())?)
+                })?;
+                let mut lists = vec![Vec::with_capacity(self.cfg.topk.min(seen)); block.len()];
+                for (j, mut m) in marks.into_iter().enumerate() {
+                    while m != 0 {
+                        lists[m.trailing_zeros() as usize].push(j as u32);
+                        m &= m - 1;
+                    }
+                }
+                Ok((lists, flops))
+            })
+            .collect::<Result<_>>()?;
+        let mut work = Work::default();
+        let mut lists = Vec::with_capacity(rows.len());
+        for (l, flops) in parts {
+            lists.extend(l);
+            work.flops += flops;
+        }
+        Ok((lists, work))
+    }
+
+    /// All rows of a step on bf16 tiles, each reading what `reads` says.
+    fn attend_on_tiles(
         &self,
         s: &Step,
-        g: usize,
-        rows: std::ops::Range<usize>,
         reads: &[Reads],
-        k: &[f32],
-        v: &[f32],
-    ) -> batch::Tiled {
+        keys: &[Cow<[bf16]>],
+        values: &[Cow<[bf16]>],
+        out: &mut [f32],
+    ) -> Result<Work> {
+        let c = &self.ctx;
+        let (d, n, group) = (c.head_dim, s.n, c.num_heads / c.num_kv_heads);
+        let mut pairs = 0;
+        let dense = reads.iter().all(|r| matches!(r, Reads::All));
+        let mut blocks = Vec::new();
+        for first in (0..n).step_by(WIDTH) {
+            let rows = first..(first + WIDTH).min(n);
+            let mut marks = vec![0u64; if dense { 0 } else { s.pos + rows.end }];
+            for i in rows {
+                let (visible, bit) = (s.pos + i + 1, 1u64 << (i - first));
+                let lo = batch::window_from(c, visible);
+                match self.positions(visible, &reads[i]) {
+                    _ if dense => pairs += visible - lo,
+                    None => {
+                        marks[lo..visible].iter_mut().for_each(|m| *m |= bit);
+                        pairs += visible - lo;
+                    }
+                    Some(p) => {
+                        p.iter().for_each(|&j| marks[j as usize] |= bit);
+                        pairs += p.len();
+                    }
+                }
+            }
+            blocks.push(marks);
+        }
+        let table = (!dense).then(|| batch::marked(blocks.iter().map(Vec::as_slice)));
+        let mut work = Work::default();
+        for (g, (k, v)) in keys.iter().zip(values).enumerate() {
+            let window = if dense { c.window } else { None };
+            let rows = batch::Rows { scale: c.scale, causal: true, window, shape: [group, n, d, d], k, v };
+            let span = g * group * n * d..(g + 1) * group * n * d;
+            let mut lse = vec![0f32; group * n];
+            let tables = table.as_ref().map(|t| vec![t.clone(); group]);
+            work += rows.attend(&s.q[span.clone()], tables, &mut out[span], &mut lse)?;
+        }
+        work.pairs = (pairs * c.num_heads) as u64;
+        Ok(work)
+    }
+
+    /// A tile of rows of one K/V head: all scores, those not read set to −∞.
+    fn tile(&self, s: &Step, g: usize, rows: Range<usize>, reads: &[Reads], k: &[f32], v: &[f32]) -> batch::Tiled {
         let (d, n) = (self.ctx.head_dim, s.n);
         let group = self.ctx.num_heads / self.ctx.num_kv_heads;
         let (keys, r) = (s.pos + rows.end, group * rows.len());
@@ -394,12 +488,17 @@ impl LayerCache for Layer {
             }
             source.push(Some(fresh.len()));
         }
-        let flat: Vec<(Vec<f32>, Vec<f32>)> =
-            (0..hkv).into_par_iter().map(|g| (self.store.k[g].to_f32(), self.store.v[g].to_f32())).collect();
-        let r = self.store.resident();
-        work.bytes += (r.keys + r.values) as u64;
+        let tiles = batch::on_tiles(&self.ctx);
+        let low = if tiles { hkv } else { 0 };
+        let low_keys: Vec<_> = self.store.k[..low].iter().map(batch::bf16_rows).collect();
+        let low_values: Vec<_> = self.store.v[..low].iter().map(batch::bf16_rows).collect();
+        let flat: Vec<(Vec<f32>, Vec<f32>)> = (0..if tiles { 0 } else { hkv })
+            .into_par_iter()
+            .map(|g| (self.store.k[g].to_f32(), self.store.v[g].to_f32()))
+            .collect();
         let (keys, values): (Vec<_>, Vec<_>) = flat.into_iter().unzip();
-        let (lists, w) = self.select_many(s, &fresh, &keys);
+        let (lists, w) =
+            if tiles { self.select_on_tiles(s, &fresh, &low_keys)? } else { self.select_many(s, &fresh, &keys) };
         work += w;
         let lists: Vec<Arc<Vec<u32>>> = lists.into_iter().map(Arc::new).collect();
         // Selection number 0 is the one from before this step.
@@ -411,19 +510,26 @@ impl LayerCache for Layer {
                 Some(x) => Reads::Some(lists[x - 1].clone()),
             })
             .collect();
+        if tiles {
+            work += self.attend_on_tiles(s, &reads, &low_keys, &low_values, out)?;
+        } else {
+            let r = self.store.resident();
+            work.bytes += (r.keys + r.values) as u64;
+            let group = h / hkv;
+            let tile = batch::tile_rows(group, s.pos + n);
+            let tasks: Vec<(usize, usize)> = (0..n).step_by(tile).flat_map(|i| (0..hkv).map(move |g| (g, i))).collect();
+            let parts: Vec<batch::Tiled> = tasks
+                .par_iter()
+                .map(|&(g, i)| self.tile(s, g, i..(i + tile).min(n), &reads, &keys[g], &values[g]))
+                .collect();
+            for (&(g, i), part) in tasks.iter().zip(&parts) {
+                batch::unstack_rows(&part.out, out, g, group, n, d, i..(i + tile).min(n));
+                work += part.work;
+            }
+        }
+        drop((low_keys, low_values));
         if let (Some(tokens), Some(query)) = (lists.last(), query) {
             self.last = Some(Selection { query, tokens: tokens.clone() });
-        }
-        let group = h / hkv;
-        let tile = batch::tile_rows(group, s.pos + n);
-        let tasks: Vec<(usize, usize)> = (0..n).step_by(tile).flat_map(|i| (0..hkv).map(move |g| (g, i))).collect();
-        let parts: Vec<batch::Tiled> = tasks
-            .par_iter()
-            .map(|&(g, i)| self.tile(s, g, i..(i + tile).min(n), &reads, &keys[g], &values[g]))
-            .collect();
-        for (&(g, i), part) in tasks.iter().zip(&parts) {
-            batch::unstack_rows(&part.out, out, g, group, n, d, i..(i + tile).min(n));
-            work += part.work;
         }
         self.visited = self.positions(s.pos + n, &reads[n - 1]).map(Arc::new);
         Ok(work)
