@@ -139,20 +139,23 @@ def alisa(ratio, steps):
     return out
 
 
-def palu(rank_ratio, group, whiten):
-    def low_rank(w):
+def palu(rank_ratio, group, whiten, value_weight, sinks=0):
+    total = round(2 * rank_ratio * group * D)
+    rv = min(group * D, total - 1, max(total - group * D, round(total * value_weight / (1 + value_weight))))
+
+    def low_rank(w, r):
         """The rank-r replacement of W, applied to the layer's inputs."""
         parts = []
         for rows in w.reshape(HKV // group, group * D, HIDDEN):
             s = np.linalg.cholesky(input_moment) if whiten else np.eye(HIDDEN)
             u, sigma, vt = np.linalg.svd(rows @ s, full_matrices=False)
-            r = round(rank_ratio * group * D)
             a = np.diag(np.sqrt(sigma[:r])) @ vt[:r] @ np.linalg.inv(s)
             b = u[:, :r] @ np.diag(np.sqrt(sigma[:r]))
             parts.append((x @ a.T) @ b.T)  # latents, then rebuilt
         return np.concatenate(parts, 1)
 
-    kr, vr = rotate(heads(low_rank(wk) + bk)), heads(low_rank(wv) + bv)
+    kr, vr = rotate(heads(low_rank(wk, total - rv) + bk)), heads(low_rank(wv, rv) + bv)
+    kr[:, :sinks], vr[:, :sinks] = k[:, :sinks], v[:, :sinks]
     out = np.zeros((T - PROMPT, H, D))
     for t in range(PROMPT, T):
         for h in range(H):
@@ -178,8 +181,9 @@ tensors = {
     "tokenselect:topk=6,sinks=2,local=4,threshold=0.8": tokenselect(6, 2, 4, 0.8),
     "alisa:ratio=0.4,steps=3": alisa(0.4, 3),
     "alisa:ratio=0.3,steps=0": alisa(0.3, 0),
-    "palu:rank_ratio=0.5,group=2": palu(0.5, 2, True),
-    "palu:rank_ratio=0.25,group=1,whiten=false": palu(0.25, 1, False),
+    "palu:rank_ratio=0.5,group=2": palu(0.5, 2, True, 2.0),
+    "palu:rank_ratio=0.8,group=2,value_weight=1.5": palu(0.8, 2, True, 1.5),
+    "palu:rank_ratio=0.25,group=1,whiten=false,value_weight=1,sinks=3": palu(0.25, 1, False, 1.0, 3),
 }
 keep_f64 = {"key_moment", "key_pre_moment", "input_moment"}
 save_file(

@@ -61,7 +61,7 @@ fn outputs_match_the_papers_definitions() {
         x.chunks_exact(t * d).flat_map(|head| head[a * d..b * d].to_vec()).collect()
     };
     let systems: Vec<&str> = s.names().into_iter().filter(|n| n.contains(':')).collect();
-    assert!(systems.len() >= 7);
+    assert!(systems.len() >= 8);
     for spec in systems {
         let want = f32s(&s, spec);
         let System::Cache(policy) = registry::build(&spec.parse::<Spec>().unwrap(), Slot::Cache).unwrap() else {

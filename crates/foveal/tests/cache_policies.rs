@@ -202,7 +202,8 @@ const ACTIVE: &[&str] = &[
     "alisa:ratio=0.3,steps=5",
     "alisa:ratio=0.2,steps=0",
     "palu:rank_ratio=0.5,group=2",
-    "palu:rank_ratio=0.5,group=1,whiten=false",
+    "palu:rank_ratio=0.5,group=1,whiten=false,value_weight=1",
+    "palu:rank_ratio=0.4,group=2,value_weight=0.5,sinks=5",
 ];
 
 #[test]

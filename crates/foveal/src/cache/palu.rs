@@ -2,20 +2,23 @@
 //! (Chang et al. 2024, arXiv 2407.21118).
 //!
 //! The K/V heads are cut into groups of `group`. For a group with stacked weights
-//! W (g·D × hidden) and U its first r = rank_ratio·g·D left singular vectors, the rank-r product
-//! is U·(Uᵀ W), so with k = W x + b before rotation:
+//! W (g·D × hidden) and U its first r left singular vectors, the rank-r product is U·(Uᵀ W), so
+//! with k = W x + b before rotation:
 //!
 //! h = Uᵀ(k − b)  is stored (r wide instead of g·D);   k ≈ U h + b, then rotated at its position;
 //! v ≈ U_V h_V + b_V.
 //!
+//! Ranks: r_K + r_V = 2·rank_ratio·g·D with r_V = value_weight·r_K, neither above g·D.
+//!
 //! With `whiten`, U holds the left singular vectors of W·M^½, M = Σ x xᵀ over a calibration
 //! text: the rank that is best for the layer's real inputs (the paper's data-aware SVD).
 //!
-//! On read, keys are rebuilt, rotated, attended to and forgotten tile by tile. Values are never
+//! On read, keys are rebuilt, rotated, attended to and forgotten tile by tile; unless the store is
+//! f32, U_K is bf16 in that product, and so is what many rows at once attend to. Values are never
 //! rebuilt: o = (p·H_V)·U_Vᵀ + b_V is exact, so attention gathers latents and expands once.
 //!
-//! Cost of a decoded token: T·r·D multiply-adds a K/V head to rebuild keys, T·(D + r) a query
-//! head to attend; memory 2·T·r a group instead of 2·T·g·D, plus U_K, U_V.
+//! Cost of a decoded token: T·r_K·D multiply-adds a K/V head to rebuild keys, T·(D + r_V) a query
+//! head to attend; memory T·(r_K + r_V) a group instead of 2·T·g·D, plus U_K, U_V.
 //!
 //! Where we had to choose: see [`CARD`].
 
@@ -24,21 +27,27 @@ use super::{CacheCtx, CachePolicy, KvWeights, LayerCache, LayerCalibration, Need
 use crate::error::{Error, Result};
 use crate::prim::factor::{gram, symmetric_eigen};
 use crate::prim::gemm;
-use crate::prim::kv::RowStore;
+use crate::prim::kv::{KvDtype, RowStore};
 use crate::prim::rope::Rope;
 use crate::system::{Card, Config, Family, Law, Params, Slot, System, configure, params_of};
 use foveal_kernels::decode::{Codec, Decode, Segment};
-use foveal_kernels::{Attend, View, ViewMut, Work, merge_row};
+use foveal_kernels::elementwise::{self, Heads, RopeLayout};
+use foveal_kernels::{Attend, Isa, PackedLinear, View, ViewMut, WeightFormat, Work, merge_row};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// Parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Palu {
-    /// Stored width as a share of the original.
+    /// Stored width of keys and values together, as a share of the original.
     pub rank_ratio: f32,
+    /// Rank of values over rank of keys.
+    pub value_weight: f32,
+    /// First tokens stored at full width.
+    pub sinks: usize,
     /// K/V heads that share one factorisation.
     pub group: usize,
     /// Weigh the factorisation by the layer's inputs on the calibration text.
@@ -47,19 +56,24 @@ pub struct Palu {
 
 impl Default for Palu {
     fn default() -> Self {
-        Self { rank_ratio: 0.5, group: 4, whiten: true }
+        Self { rank_ratio: 0.5, value_weight: 2.0, sinks: 0, group: 4, whiten: true }
     }
 }
 
 impl Config for Palu {
     const DOCS: &'static [(&'static str, &'static str)] = &[
-        ("rank_ratio", "stored width as a share of the original, above 0 up to 1 (exact)"),
+        ("rank_ratio", "stored width of keys and values together as a share of the original, above 0 up to 1 (exact)"),
+        ("value_weight", "rank of values over rank of keys, above 0; neither exceeds the full width; 1 = equal ranks"),
+        ("sinks", "first tokens stored at full width; not in the paper (0), see the choices"),
         ("group", "K/V heads that share one factorisation; lowered to the largest divisor of the model's K/V heads"),
         ("whiten", "weigh the factorisation by the calibration text's inputs, where the calibration has them"),
     ];
     fn validate(&self) -> std::result::Result<(), String> {
         if !(self.rank_ratio > 0.0 && self.rank_ratio <= 1.0) {
             return Err(format!("rank_ratio = {}: use a share above 0, up to 1 (exact)", self.rank_ratio));
+        }
+        if !(self.value_weight > 0.0 && self.value_weight.is_finite()) {
+            return Err(format!("value_weight = {}: use a number above 0", self.value_weight));
         }
         if self.group == 0 {
             return Err("group = 0: factorise at least 1 head at a time".into());
@@ -84,14 +98,25 @@ pub const CARD: Card = Card {
         Law::ExactAt(&[("rank_ratio", "1")]),
         Law::Monotone { param: "rank_ratio", values: &["0.25", "0.5", "0.75", "1"] },
     ],
-    equation: "W_group·M^½ = U Σ Vᵀ (M = Σ x xᵀ, or 1);  U = first r = rank_ratio·g·D columns\n\
+    equation: "W_group·M^½ = U Σ Vᵀ (M = Σ x xᵀ, or 1);  U = first r columns\n\
+               r_K + r_V = 2·rank_ratio·g·D,  r_V = value_weight·r_K\n\
                h_K = U_Kᵀ(k − b_K),  h_V = U_Vᵀ(v − b_V)  are stored\n\
                k ≈ rope(U_K h_K + b_K);  o = (p·H_V)·U_Vᵀ + b_V",
-    cost: "T·r·D multiply-adds a K/V head to rebuild keys and T·(D + r) a query head to attend; 2·T·r stored elements \
+    cost: "T·r_K·D multiply-adds a K/V head to rebuild keys and T·(D + r_V) a query head to attend; T·(r_K + r_V) stored elements \
            a group of g heads instead of 2·T·g·D, plus U_K and U_V",
     choices: &[
-        "One rank for keys, values and all layers; the paper also searches ranks per layer by Fisher information \
-         (values get more than keys).",
+        "Ranks are the same in all layers, with values getting value_weight times the keys'. The authors share ranks out by Fisher \
+         information (root mean square of the loss's gradient on each weight), which needs a backward pass. On \
+         SmolLM2-135M, computed with PyTorch, it gives keys 0.34 of all ranks, hence value_weight = 2; the rest of it, the \
+         sharing among layers, did not help there (perplexity of 2,048 tokens with both projections replaced, rank_ratio 0.5, dense 6.95: equal ranks \
+         10.24, Fisher 10.41, value_weight 2 9.30), so it is not built.",
+        "The factors are as good as they can be: on held-out text of SmolLM2-135M (192 wide, rank 96) keys come back with a relative error of \
+         0.10 and values of 0.34, where the principal components of that text itself would give 0.07 and 0.24, and factors from the \
+         weights alone 0.21 and 0.53. Perplexity with the former is 9.49 (equal ranks, whitened: 10.24). With 3 K/V heads there is \
+         little redundancy to take away; the paper's 50% is on models with 8 to 32.",
+        "A third of the loss is the first token's: attention sinks there, its key and value are small and unlike all others, so the \
+         factors, fitted to the sum over all tokens, miss it. sinks keeps so many first tokens as they are, which is not in the paper: \
+         perplexity 7.81 for 9.30 above, with one token kept.",
         "Latents come from projecting k and v by U, which equals the product of the paper's two factors since U is \
          orthonormal; so the model's own projections stay in place and only the store is thin.",
         "B_V is not folded into the output projection but applied to the attended latent: the same product in the other order.",
@@ -117,17 +142,28 @@ impl Palu {
         (1..=self.group.min(kv_heads)).rev().find(|g| kv_heads.is_multiple_of(*g)).unwrap_or(1)
     }
 
-    /// Width of a latent of `width` elements.
-    fn rank(&self, width: usize) -> usize {
-        ((self.rank_ratio * width as f32).round() as usize).clamp(1, width)
+    /// Widths of the key and the value latent of `width` elements.
+    fn ranks(&self, width: usize) -> [usize; 2] {
+        let total = ((2.0 * self.rank_ratio * width as f32).round() as usize).clamp(2, 2 * width);
+        let v = (total as f32 * self.value_weight / (1.0 + self.value_weight)).round() as usize;
+        // What does not fit one goes to the other.
+        let v = v.clamp(total.saturating_sub(width).max(1), width.min(total - 1));
+        [total - v, v]
+    }
+
+    /// How the factor that rebuilds keys is stored.
+    fn format(dtype: KvDtype) -> WeightFormat {
+        if dtype == KvDtype::F32 { WeightFormat::F32 } else { WeightFormat::Bf16 }
     }
 }
 
 /// Orthonormal factors of one layer, one entry a group of heads.
 struct Factors {
-    /// U_K, (g·D, r) row-major.
+    /// U_K, (g·D, r_K) row-major.
     uk: Vec<Vec<f32>>,
-    /// U_V, (g·D, r) row-major.
+    /// U_K as keys are rebuilt with it.
+    rebuild: Vec<PackedLinear>,
+    /// U_V, (g·D, r_V) row-major.
     uv: Vec<Vec<f32>>,
     /// Key bias, (H_kv·D) or empty.
     bk: Vec<f32>,
@@ -135,8 +171,8 @@ struct Factors {
     bv: Vec<f32>,
 }
 
-/// Factors already made: layer, weights and calibration they belong to.
-type Made = Vec<(usize, Weak<KvWeights>, Option<Weak<LayerCalibration>>, Arc<Factors>)>;
+/// Factors already made: layer, storage, weights and calibration they belong to.
+type Made = Vec<(usize, KvDtype, Weak<KvWeights>, Option<Weak<LayerCalibration>>, Arc<Factors>)>;
 
 /// The policy, with what its layers share.
 struct PaluPolicy {
@@ -203,10 +239,11 @@ impl PaluPolicy {
         };
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         // A Weak keeps its address from being used again, so equal pointers are the same weights.
-        if let Some(f) =
-            made.iter().find(|m| m.0 == ctx.layer && std::ptr::eq(m.1.as_ptr(), Arc::as_ptr(w)) && same(&m.2))
+        if let Some(f) = made
+            .iter()
+            .find(|m| m.0 == ctx.layer && m.1 == ctx.dtype && std::ptr::eq(m.2.as_ptr(), Arc::as_ptr(w)) && same(&m.3))
         {
-            return Ok(f.3.clone());
+            return Ok(f.4.clone());
         }
         let (d, hkv) = (ctx.head_dim, ctx.num_kv_heads);
         for (tensor, len, want) in [
@@ -241,15 +278,18 @@ impl PaluPolicy {
             tracing::warn!("palu: the calibration has no input moments; factors come from the weights alone");
         }
         let width = self.cfg.heads(hkv) * d;
-        let r = self.cfg.rank(width);
-        let each = |w: &KvWeights, x: &[f32], gain: &[f32]| -> Result<Vec<Vec<f32>>> {
+        let [rk, rv] = self.cfg.ranks(width);
+        let each = |w: &KvWeights, x: &[f32], gain: &[f32], r: usize| -> Result<Vec<Vec<f32>>> {
             x.chunks_exact(width * w.hidden).map(|x| basis(x, w.hidden, gain, moment, r)).collect()
         };
         // The bias of a normalised key is inside the norm: nothing linear to take off.
         let bk = if w.k_norm.is_empty() { w.bk.clone() } else { Vec::new() };
-        let f = Arc::new(Factors { uk: each(w, &w.wk, &w.k_norm)?, uv: each(w, &w.wv, &[])?, bk, bv: w.bv.clone() });
-        made.retain(|m| m.1.strong_count() > 0);
-        made.push((ctx.layer, Arc::downgrade(w), cal.map(Arc::downgrade), f.clone()));
+        let uk = each(w, &w.wk, &w.k_norm, rk)?;
+        let format = Palu::format(ctx.dtype);
+        let rebuild = uk.iter().map(|u| Ok(PackedLinear::pack(u, width, rk, format)?)).collect::<Result<_>>()?;
+        let f = Arc::new(Factors { uk, rebuild, uv: each(w, &w.wv, &[], rv)?, bk, bv: w.bv.clone() });
+        made.retain(|m| m.2.strong_count() > 0);
+        made.push((ctx.layer, ctx.dtype, Arc::downgrade(w), cal.map(Arc::downgrade), f.clone()));
         Ok(f)
     }
 
@@ -275,26 +315,37 @@ impl CachePolicy for PaluPolicy {
         batch::check_ctx(CARD.id, ctx)?;
         let factors = self.factors(ctx)?;
         let heads = self.cfg.heads(ctx.num_kv_heads);
-        let rank = self.cfg.rank(heads * ctx.head_dim);
-        let stores = || (0..ctx.num_kv_heads / heads).map(|_| RowStore::new(ctx.dtype, rank)).collect();
+        let ranks = self.cfg.ranks(heads * ctx.head_dim);
+        let stores = |n: usize, width: usize| -> Vec<_> { (0..n).map(|_| RowStore::new(ctx.dtype, width)).collect() };
+        let groups = ctx.num_kv_heads / heads;
         Ok(Box::new(Layer {
             ctx: ctx.clone(),
             heads,
-            rank,
+            ranks,
+            sinks: self.cfg.sinks,
             factors,
             angles: self.angles(&ctx.rope),
-            k: stores(),
-            v: stores(),
+            k: stores(groups, ranks[0]),
+            v: stores(groups, ranks[1]),
+            first_k: stores(ctx.num_kv_heads, ctx.head_dim),
+            first_v: stores(ctx.num_kv_heads, ctx.head_dim),
         }))
     }
 
     fn declared_bytes(&self, ctx: &CacheCtx, tokens: usize) -> usize {
         let heads = self.cfg.heads(ctx.num_kv_heads);
         let width = heads * ctx.head_dim;
-        let rank = self.cfg.rank(width);
+        let [rk, rv] = self.cfg.ranks(width);
         let biases =
             ctx.weights.as_ref().map_or(0, |w| 4 * (w.bv.len() + if w.k_norm.is_empty() { w.bk.len() } else { 0 }));
-        ctx.num_kv_heads / heads * 2 * (ctx.dtype.bytes(tokens, rank) + 4 * width * rank) + biases
+        let first = self.cfg.sinks.min(tokens);
+        // The packed factor: panels of 32 rows, blocks of 32 columns, and a row of zero biases.
+        let element = if Palu::format(ctx.dtype) == WeightFormat::F32 { 4 } else { 2 };
+        let packed = width.next_multiple_of(32) * (rk.next_multiple_of(32) * element + 4);
+        let latents = ctx.dtype.bytes(tokens - first, rk) + ctx.dtype.bytes(tokens - first, rv);
+        ctx.num_kv_heads / heads * (latents + 4 * width * (rk + rv) + packed)
+            + 2 * ctx.num_kv_heads * ctx.dtype.bytes(first, ctx.head_dim)
+            + biases
     }
 }
 
@@ -303,72 +354,112 @@ struct Layer {
     ctx: CacheCtx,
     /// K/V heads a group.
     heads: usize,
-    /// Width of a latent.
-    rank: usize,
+    /// Widths of a key and a value latent.
+    ranks: [usize; 2],
+    /// First tokens kept at full width.
+    sinks: usize,
     factors: Arc<Factors>,
     angles: Arc<Angles>,
     /// Key latents per group.
     k: Vec<RowStore>,
     /// Value latents per group.
     v: Vec<RowStore>,
+    /// Rotated keys of the first tokens per K/V head.
+    first_k: Vec<RowStore>,
+    /// Values of the first tokens per K/V head.
+    first_v: Vec<RowStore>,
 }
 
 /// Tokens rebuilt at a time for one row, and for many.
 const TILE_ROW: usize = 512;
 const TILE_ROWS: usize = 1024;
 
+/// Output rows of one K/V head, their log-sum-exp, and the work.
+struct Part {
+    head: usize,
+    out: Vec<f32>,
+    lse: Vec<f32>,
+    work: Work,
+}
+
 impl Layer {
-    /// Latents (n, r) of one group from (H_kv, n, D) rows.
-    fn project(&self, x: &[f32], bias: &[f32], u: &[f32], group: usize, n: usize) -> Vec<f32> {
+    /// First tokens held at full width.
+    fn first(&self) -> usize {
+        self.first_k[0].len()
+    }
+
+    /// Latents (rows, r) of one group from rows `rows` of (H_kv, n, D).
+    fn project(&self, x: &[f32], bias: &[f32], u: &[f32], group: usize, n: usize, rows: Range<usize>) -> Vec<f32> {
         let (d, first) = (self.ctx.head_dim, group * self.heads);
         let width = self.heads * d;
-        let mut rows = vec![0f32; n * width];
+        let m = rows.len();
+        let mut wide = vec![0f32; m * width];
         for a in 0..self.heads {
             let h = first + a;
-            for i in 0..n {
-                let to = &mut rows[i * width + a * d..][..d];
-                to.copy_from_slice(&x[(h * n + i) * d..][..d]);
+            for (i, at) in rows.clone().enumerate() {
+                let to = &mut wide[i * width + a * d..][..d];
+                to.copy_from_slice(&x[(h * n + at) * d..][..d]);
                 if !bias.is_empty() {
                     to.iter_mut().zip(&bias[h * d..]).for_each(|(t, b)| *t -= b);
                 }
             }
         }
-        let mut h = vec![0f32; n * self.rank];
-        gemm::ab(n, self.rank, width, &rows, u, &mut h);
+        let r = u.len() / width;
+        let mut h = vec![0f32; m * r];
+        gemm::ab(m, r, width, &wide, u, &mut h);
         h
     }
 
-    fn push(&mut self, k_pre: &[f32], v: &[f32], n: usize) {
+    fn push(&mut self, k_pre: &[f32], k: &[f32], v: &[f32], n: usize) {
         let f = self.factors.clone();
-        for g in 0..self.k.len() {
-            let h = self.project(k_pre, &f.bk, &f.uk[g], g, n);
+        let d = self.ctx.head_dim;
+        let first = self.sinks.saturating_sub(self.len()).min(n);
+        for h in 0..if first > 0 { self.ctx.num_kv_heads } else { 0 } {
+            let span = h * n * d..(h * n + first) * d;
+            self.first_k[h].push(&k[span.clone()]);
+            self.first_v[h].push(&v[span]);
+        }
+        for g in 0..if first < n { self.k.len() } else { 0 } {
+            let h = self.project(k_pre, &f.bk, &f.uk[g], g, n, first..n);
             self.k[g].push(&h);
-            let h = self.project(v, &f.bv, &f.uv[g], g, n);
+            let h = self.project(v, &f.bv, &f.uv[g], g, n, first..n);
             self.v[g].push(&h);
         }
     }
 
-    /// Rotated keys (tokens, D) of K/V head `h` for a span of tokens; the FLOPs spent.
-    fn rebuild(&self, h: usize, span: std::ops::Range<usize>, tables: &Tables) -> (Vec<f32>, u64) {
-        let (d, r, n) = (self.ctx.head_dim, self.rank, span.len());
-        let mut latent = Vec::with_capacity(n * r);
-        self.k[h / self.heads].extend_f32(span.start, n, &mut latent);
-        let u = &self.factors.uk[h / self.heads][h % self.heads * d * r..][..d * r];
-        let mut k = vec![0f32; n * d];
-        let flops = gemm::abt(n, d, r, 1.0, &latent, r, u, r, &mut k);
-        let half = self.ctx.rope.inv_freq.len();
-        let bias = self.factors.bk.get(h * d..(h + 1) * d).unwrap_or(&[]);
-        for (row, t) in k.chunks_exact_mut(d).zip(span) {
-            row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
-            let at = t * half..(t + 1) * half;
-            Rope::rotate_row(row, &tables.cos[at.clone()], &tables.sin[at]);
+    /// Rotated keys (tokens, heads·D) of a group for a span of tokens; the FLOPs spent.
+    fn rebuild(&self, group: usize, span: Range<usize>, tables: &Tables) -> Result<(Vec<f32>, u64)> {
+        let (d, n, first) = (self.ctx.head_dim, span.len(), self.first());
+        let mut latent = Vec::with_capacity(n * self.ranks[0]);
+        self.k[group].extend_f32(span.start - first, n, &mut latent);
+        let width = self.heads * d;
+        let mut k = vec![0f32; n * width];
+        let isa = Isa::active();
+        let flops = self.factors.rebuild[group].forward(&latent, n, &mut k, isa)?.flops;
+        if let Some(bias) = self.factors.bk.get(group * width..(group + 1) * width) {
+            k.chunks_exact_mut(width).for_each(|row| row.iter_mut().zip(bias).for_each(|(x, b)| *x += b));
         }
-        (k, flops)
+        let half = self.ctx.rope.inv_freq.len();
+        if half > 0 {
+            let at = span.start * half..span.end * half;
+            let positions: Vec<u32> = (0..n as u32).collect();
+            elementwise::rope(
+                &mut k,
+                Heads::in_rows(n, width, 0, self.heads, d),
+                &tables.cos[at.clone()],
+                &tables.sin[at],
+                2 * half,
+                &positions,
+                RopeLayout::Halves,
+                isa,
+            )?;
+        }
+        Ok((k, flops))
     }
 
-    /// Attended latents (rows, r) of K/V head `h` to outputs (rows, D).
+    /// Attended latents (rows, r_V) of K/V head `h` to outputs (rows, D).
     fn expand(&self, h: usize, latent: &[f32]) -> (Vec<f32>, u64) {
-        let (d, r) = (self.ctx.head_dim, self.rank);
+        let (d, r) = (self.ctx.head_dim, self.ranks[1]);
         let rows = latent.len() / r;
         let u = &self.factors.uv[h / self.heads][h % self.heads * d * r..][..d * r];
         let mut o = vec![0f32; rows * d];
@@ -379,30 +470,30 @@ impl Layer {
         (o, flops)
     }
 
-    /// Merge the partial results of each K/V head's tiles, expand and write rows `rows`.
-    fn finish(
-        &self,
-        parts: Vec<(usize, Vec<f32>, Vec<f32>, Work)>,
-        out: &mut [f32],
-        n: usize,
-        rows: std::ops::Range<usize>,
-    ) -> Work {
-        let (hkv, r, d) = (self.ctx.num_kv_heads, self.rank, self.ctx.head_dim);
+    /// Merge the partial results of each K/V head's tiles, expand, join what `firsts` give at full
+    /// width, and write rows `rows`.
+    fn finish(&self, parts: &[Part], firsts: &[Part], out: &mut [f32], n: usize, rows: Range<usize>) -> Work {
+        let (hkv, r, d) = (self.ctx.num_kv_heads, self.ranks[1], self.ctx.head_dim);
         let group = self.ctx.num_heads / hkv;
+        let merge = |o: &mut [f32], lse: &mut [f32], width: usize, parts: &[Part], h: usize| {
+            let mut work = Work::default();
+            for p in parts.iter().filter(|p| p.head == h) {
+                for (i, row) in o.chunks_exact_mut(width).enumerate() {
+                    merge_row(row, &mut lse[i], &p.out[i * width..(i + 1) * width], p.lse[i]);
+                }
+                work += p.work;
+            }
+            work
+        };
         let done: Vec<(Vec<f32>, Work)> = (0..hkv)
             .into_par_iter()
             .map(|h| {
-                let mut work = Work::default();
-                let mut o = vec![0f32; group * rows.len() * r];
+                let mut latent = vec![0f32; group * rows.len() * r];
                 let mut lse = vec![f32::NEG_INFINITY; group * rows.len()];
-                for (_, po, pl, w) in parts.iter().filter(|p| p.0 == h) {
-                    for (i, row) in o.chunks_exact_mut(r).enumerate() {
-                        merge_row(row, &mut lse[i], &po[i * r..(i + 1) * r], pl[i]);
-                    }
-                    work += *w;
-                }
-                let (o, flops) = self.expand(h, &o);
+                let mut work = merge(&mut latent, &mut lse, r, parts, h);
+                let (mut o, flops) = self.expand(h, &latent);
                 work.flops += flops;
+                work += merge(&mut o, &mut lse, d, firsts, h);
                 (o, work)
             })
             .collect();
@@ -414,72 +505,127 @@ impl Layer {
         work
     }
 
+    /// Rows `rows` over the first tokens from `lo` on, which all of them see.
+    fn attend_first(&self, s: &Step, rows: Range<usize>, lo: usize, hi: usize) -> Result<Vec<Part>> {
+        if lo >= hi {
+            return Ok(Vec::new());
+        }
+        let (d, hkv) = (self.ctx.head_dim, self.ctx.num_kv_heads);
+        let group = self.ctx.num_heads / hkv;
+        (0..hkv)
+            .map(|h| {
+                let q = batch::stack_rows(s.q, h, group, s.n, d, rows.clone());
+                let m = q.len() / d;
+                let (mut k, mut v) = (Vec::new(), Vec::new());
+                self.first_k[h].extend_f32(lo, hi - lo, &mut k);
+                self.first_v[h].extend_f32(lo, hi - lo, &mut v);
+                let (mut out, mut lse) = (vec![0f32; m * d], vec![f32::NEG_INFINITY; m]);
+                let work = Attend::new(self.ctx.scale).run(
+                    &View::contiguous("q", &q, [1, 1, m, d])?,
+                    &View::contiguous("k", &k, [1, 1, hi - lo, d])?,
+                    &View::contiguous("v", &v, [1, 1, hi - lo, d])?,
+                    &mut ViewMut::contiguous("out", &mut out, [1, 1, m, d])?,
+                    Some(&mut lse),
+                )?;
+                Ok(Part { head: h, out, lse, work })
+            })
+            .collect()
+    }
+
     /// One row over the tokens up to its own, tile by tile.
     fn row(&self, s: &Step, i: usize, out: &mut [f32]) -> Result<Work> {
-        let (d, n, r, hkv) = (self.ctx.head_dim, s.n, self.rank, self.ctx.num_kv_heads);
+        let (d, n, r, hkv) = (self.ctx.head_dim, s.n, self.ranks[1], self.ctx.num_kv_heads);
         let group = self.ctx.num_heads / hkv;
         let visible = s.pos + i + 1;
         let tables = self.angles.upto(visible);
-        let lo = batch::window_from(&self.ctx, visible);
+        let (lo, first) = (batch::window_from(&self.ctx, visible), self.first());
+        let firsts = self.attend_first(s, i..i + 1, lo, first.min(visible))?;
         let tasks: Vec<(usize, usize)> =
-            (lo..visible).step_by(TILE_ROW).flat_map(|t| (0..hkv).map(move |h| (h, t))).collect();
-        let parts = tasks
+            (lo.max(first)..visible).step_by(TILE_ROW).flat_map(|t| (0..self.k.len()).map(move |g| (g, t))).collect();
+        let parts: Vec<Vec<Part>> = tasks
             .into_par_iter()
-            .map(|(h, t)| -> Result<_> {
+            .with_max_len(1)
+            .map(|(g, t)| -> Result<_> {
                 let span = t..(t + TILE_ROW).min(visible);
-                let (k, flops) = self.rebuild(h, span.clone(), &tables);
-                let q = batch::stack_rows(s.q, h, group, n, d, i..i + 1);
-                let latents = &self.v[h / self.heads];
-                let segment = Segment {
-                    k: Codec::F32 { data: &k, stride: d },
-                    v: latents.codec_from(t),
-                    len: span.len(),
-                    channels: None,
-                };
-                let (mut o, mut lse) = (vec![0f32; group * r], vec![0f32; group]);
-                let mut work =
-                    Decode::new(self.ctx.scale).run(&q, [group, 1, d], &[vec![segment]], r, None, &mut o, &mut lse)?;
-                work.flops += flops;
-                Ok((h, o, lse, work))
+                let (k, mut flops) = self.rebuild(g, span.clone(), &tables)?;
+                let width = self.heads * d;
+                (0..self.heads)
+                    .map(|a| {
+                        let head = g * self.heads + a;
+                        let q = batch::stack_rows(s.q, head, group, n, d, i..i + 1);
+                        let segment = Segment {
+                            k: Codec::F32 { data: &k[a * d..], stride: width },
+                            v: self.v[g].codec_from(t - first),
+                            len: span.len(),
+                            channels: None,
+                        };
+                        let (mut out, mut lse) = (vec![0f32; group * r], vec![0f32; group]);
+                        let decode = Decode::new(self.ctx.scale);
+                        let mut work = decode.run(&q, [group, 1, d], &[vec![segment]], r, None, &mut out, &mut lse)?;
+                        work.flops += std::mem::take(&mut flops);
+                        Ok(Part { head, out, lse, work })
+                    })
+                    .collect()
             })
-            .collect::<Result<Vec<_>>>()?;
-        Ok(self.finish(parts, out, n, i..i + 1))
+            .collect::<Result<_>>()?;
+        let parts: Vec<Part> = parts.into_iter().flatten().collect();
+        Ok(self.finish(&parts, &firsts, out, n, i..i + 1))
     }
 
     /// All rows of a step: each tile of keys is rebuilt once for all of them.
     fn rows(&self, s: &Step, out: &mut [f32]) -> Result<Work> {
-        let (d, n, r, hkv) = (self.ctx.head_dim, s.n, self.rank, self.ctx.num_kv_heads);
+        let (d, n, r, hkv) = (self.ctx.head_dim, s.n, self.ranks[1], self.ctx.num_kv_heads);
         let group = self.ctx.num_heads / hkv;
-        let total = s.pos + n;
+        let (total, first) = (s.pos + n, self.first());
         let tables = self.angles.upto(total);
+        let low = batch::on_tiles(&self.ctx);
         // Whole tiles before the step, then one causal tile that ends with it.
-        let whole = s.pos / TILE_ROWS;
-        let tasks: Vec<(usize, usize)> = (0..=whole).rev().flat_map(|t| (0..hkv).map(move |h| (h, t))).collect();
-        let parts = tasks
+        let whole = (s.pos - first) / TILE_ROWS;
+        let tasks: Vec<(usize, usize)> =
+            (0..=whole).rev().flat_map(|t| (0..self.k.len()).map(move |g| (g, t))).collect();
+        let parts: Vec<Vec<Part>> = tasks
             .into_par_iter()
-            .map(|(h, t)| -> Result<_> {
+            .with_max_len(1)
+            .map(|(g, t)| -> Result<_> {
                 let causal = t == whole;
-                let span = t * TILE_ROWS..if causal { total } else { (t + 1) * TILE_ROWS };
+                let span = first + t * TILE_ROWS..if causal { total } else { first + (t + 1) * TILE_ROWS };
                 let keys = span.len();
-                let (k, flops) = self.rebuild(h, span.clone(), &tables);
-                let q = batch::stack_rows(s.q, h, group, n, d, 0..n);
+                let (rebuilt, mut flops) = self.rebuild(g, span.clone(), &tables)?;
                 let mut v = Vec::with_capacity(keys * r);
-                self.v[h / self.heads].extend_f32(span.start, keys, &mut v);
-                let (mut o, mut lse) = (vec![0f32; group * n * r], vec![f32::NEG_INFINITY; group * n]);
-                // Without a mask the group's heads are just more rows.
-                let (heads, rows) = if causal { (group, n) } else { (1, group * n) };
-                let mut work = Attend::new(self.ctx.scale).causal(causal).run(
-                    &View::contiguous("q", &q, [1, heads, rows, d])?,
-                    &View::contiguous("k", &k, [1, 1, keys, d])?,
-                    &View::contiguous("v", &v, [1, 1, keys, r])?,
-                    &mut ViewMut::contiguous("out", &mut o, [1, heads, rows, r])?,
-                    Some(&mut lse),
-                )?;
-                work.flops += flops;
-                Ok((h, o, lse, work))
+                self.v[g].extend_f32(span.start - first, keys, &mut v);
+                let low_v = if low { batch::to_bf16(&v) } else { Vec::new() };
+                (0..self.heads)
+                    .map(|a| {
+                        let head = g * self.heads + a;
+                        let q = batch::stack_rows(s.q, head, group, n, d, 0..n);
+                        let mut k = Vec::with_capacity(keys * d);
+                        rebuilt.chunks_exact(self.heads * d).for_each(|row| k.extend_from_slice(&row[a * d..][..d]));
+                        let (mut out, mut lse) = (vec![0f32; group * n * r], vec![f32::NEG_INFINITY; group * n]);
+                        // Without a mask the group's heads are just more rows.
+                        let (heads, rows) = if causal { (group, n) } else { (1, group * n) };
+                        let mut work = if low {
+                            let k = batch::to_bf16(&k);
+                            let shape = [heads, rows, d, r];
+                            batch::Rows { scale: self.ctx.scale, causal, window: None, shape, k: &k, v: &low_v }
+                                .attend(&q, None, &mut out, &mut lse)?
+                        } else {
+                            Attend::new(self.ctx.scale).causal(causal).run(
+                                &View::contiguous("q", &q, [1, heads, rows, d])?,
+                                &View::contiguous("k", &k, [1, 1, keys, d])?,
+                                &View::contiguous("v", &v, [1, 1, keys, r])?,
+                                &mut ViewMut::contiguous("out", &mut out, [1, heads, rows, r])?,
+                                Some(&mut lse),
+                            )?
+                        };
+                        work.flops += std::mem::take(&mut flops);
+                        Ok(Part { head, out, lse, work })
+                    })
+                    .collect()
             })
-            .collect::<Result<Vec<_>>>()?;
-        let mut work = self.finish(parts, out, n, 0..n);
+            .collect::<Result<_>>()?;
+        let parts: Vec<Part> = parts.into_iter().flatten().collect();
+        let firsts = self.attend_first(s, 0..n, 0, first)?;
+        let mut work = self.finish(&parts, &firsts, out, n, 0..n);
         work.bytes += self.k.iter().chain(&self.v).map(|s| s.bytes() as u64).sum::<u64>();
         Ok(work)
     }
@@ -488,14 +634,14 @@ impl Layer {
 impl LayerCache for Layer {
     fn fill(&mut self, p: &Prompt) -> Result<()> {
         batch::check_prompt(CARD.id, &self.ctx, p, true)?;
-        self.push(p.k_pre, p.v, p.len);
+        self.push(p.k_pre, p.k, p.v, p.len);
         Ok(())
     }
 
     fn step(&mut self, s: &Step, out: &mut [f32]) -> Result<Work> {
         batch::check_step(CARD.id, &self.ctx, s, out, self.len(), true)?;
-        self.push(s.k_pre, s.v, s.n);
-        if s.n >= BATCH_FROM && self.ctx.window.is_none_or(|w| w >= s.pos + s.n) {
+        self.push(s.k_pre, s.k, s.v, s.n);
+        if s.n >= BATCH_FROM && s.pos >= self.sinks && self.ctx.window.is_none_or(|w| w >= s.pos + s.n) {
             return self.rows(s, out);
         }
         let mut work = Work::default();
@@ -506,15 +652,16 @@ impl LayerCache for Layer {
     }
 
     fn len(&self) -> usize {
-        self.k[0].len()
+        self.first() + self.k[0].len()
     }
 
     fn resident(&self) -> Resident {
         let f = &self.factors;
         Resident {
-            keys: self.k.iter().map(RowStore::bytes).sum(),
-            values: self.v.iter().map(RowStore::bytes).sum(),
-            aux: f.uk.iter().chain(&f.uv).chain([&f.bk, &f.bv]).map(|u| size_of_val(u.as_slice())).sum(),
+            keys: self.k.iter().chain(&self.first_k).map(RowStore::bytes).sum(),
+            values: self.v.iter().chain(&self.first_v).map(RowStore::bytes).sum(),
+            aux: f.rebuild.iter().map(PackedLinear::bytes).sum::<usize>()
+                + f.uk.iter().chain(&f.uv).chain([&f.bk, &f.bv]).map(|u| size_of_val(u.as_slice())).sum::<usize>(),
         }
     }
 
