@@ -1,7 +1,7 @@
 //! Pictures of attention, downsampled.
 
 use crate::results::Map;
-use foveal::sparse::HeadSelection;
+use foveal::sparse::{HeadSelection, mask};
 
 /// Cells to a side.
 pub const GRID: usize = 128;
@@ -48,30 +48,10 @@ pub fn selection(system: usize, s: &HeadSelection, tq: usize, tk: usize) -> Map 
     let (gr, gc) = (GRID.min(tq), GRID.min(tk));
     let mut seen = vec![0u64; gr * gc];
     let mut all = vec![0u64; gr * gc];
-    let mut hit = vec![false; tk];
+    let mut hit = vec![0u8; tk];
     for i in rows(tq) {
         let visible = tk - tq + i + 1;
-        hit.iter_mut().for_each(|x| *x = false);
-        if let Some(t) = &s.blocks {
-            let qb = i / t.block_q;
-            for (e, &kb) in t.row(qb).iter().enumerate() {
-                if let Some(m) = &t.rows
-                    && m[t.indptr[qb] + e] >> (i % t.block_q) & 1 == 0
-                {
-                    continue;
-                }
-                let lo = (kb as usize * t.block_k).min(tk);
-                let hi = ((kb as usize + 1) * t.block_k).min(tk);
-                hit[lo..hi].fill(true);
-            }
-        }
-        if let Some(l) = &s.keys {
-            for &j in l.row(i / l.group) {
-                if let Some(x) = hit.get_mut(j as usize) {
-                    *x = true;
-                }
-            }
-        }
+        mask::mask_row(s, i, tq, &mut hit);
         let row = i * gr / tq * gc;
         for (j, h) in hit[..visible].iter().enumerate() {
             let c = row + j * gc / tk;

@@ -1,7 +1,7 @@
 //! A sequence being decoded: one cache per layer, filled from a prompt and stepped token by token.
 
 use crate::error::{LlmError, Result};
-use crate::model::{LayerKv, Model, Prompt, Scratch, Stats, difference, interrupted, rms_norm_row, room};
+use crate::model::{LayerKv, Model, Prompt, Scratch, Stats, difference, interrupted, room};
 use candle_core::{Device, Tensor};
 use foveal::cache::{LayerCache, Resident, Step};
 use foveal::prim::rope::Rope;
@@ -148,7 +148,7 @@ impl<'m> Session<'m> {
     fn run(&mut self, mut x: Vec<f32>, n: usize, begin: Instant) -> Result<Extended> {
         let model = self.model;
         let c = model.config();
-        let (h, hkv, d, eps) = (c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps as f32);
+        let (h, hkv, d) = (c.num_heads, c.num_kv_heads, c.head_dim);
         let (width, half) = ((h + 2 * hkv) * d, c.rope_dim / 2);
         let (cos, sin) = model.rotary.at(self.len + n).tables(self.len, n);
         let probing = self.probe.take();
@@ -158,7 +158,6 @@ impl<'m> Session<'m> {
             if interrupted(self.cancel.as_deref()) {
                 return Err(LlmError::Interrupted);
             }
-            let layer = &model.layers[l];
             model.project(l, &x, n, &mut self.scratch)?;
             let rows = &self.scratch.qkv[..n * width];
             let [q, k_pre, k, v, o] = &mut self.heads;
@@ -170,10 +169,6 @@ impl<'m> Session<'m> {
             split(rows, width, 0, n, d, q);
             split(rows, width, h * d, n, d, k);
             split(rows, width, (h + hkv) * d, n, d, v);
-            if !layer.q_norm.is_empty() {
-                q.chunks_exact_mut(d).for_each(|r| rms_norm_row(r, &layer.q_norm, eps));
-                k.chunks_exact_mut(d).for_each(|r| rms_norm_row(r, &layer.k_norm, eps));
-            }
             if self.pre[l] {
                 k_pre.copy_from_slice(k);
             }

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::prim::{AttendOptions, Attended};
-use crate::sparse::{HeadSelection, Selector, run};
+use crate::sparse::{HeadSelection, Selector, mask, run};
 use crate::system::System;
 use candle_core::{DType, Device, Tensor};
 use foveal_kernels::Work;
@@ -24,7 +24,8 @@ pub struct Applied {
 /// Run a prefill system on q (B, H, Tq, D), k (B, H_kv, Tk, D) and v (B, H_kv, Tk, Dv); f16 and
 /// bf16 are converted to f32 first. `id` names the system in errors, `scale` defaults to 1/√D.
 ///
-/// Errors: shapes that do not fit (both are named), NaN or infinity in an input, a system that is
+/// Errors: shapes that do not fit (both are named), NaN or infinity in an input or (by overflow) in
+/// the output, a system that is
 /// no prefill system, `causal = false` for one that only knows causal attention.
 pub fn apply_prefill(
     id: &str,
@@ -57,6 +58,14 @@ pub fn apply_prefill(
     }
     let options = AttendOptions { scale, causal, ..AttendOptions::default() };
     let p = run::prefill(|_| selector, &q, &k, &v, &options, 0)?;
+    if let Some(at) = flat(&p.attended.out)?.iter().position(|x| !x.is_finite()) {
+        return Err(Error::Param {
+            system: id.into(),
+            message: format!(
+                "the output is not finite at flat index {at}: scores or values overflow f32; scale q, k or v down"
+            ),
+        });
+    }
     Ok(Applied { attended: p.attended, select: p.select, selections: p.selections, shape, causal })
 }
 
@@ -75,69 +84,33 @@ impl Applied {
 
     /// (query, key) pairs that were visited: exact, whatever tiles the kernels worked in.
     pub fn visited_pairs(&self) -> u64 {
-        let [b, h, tq, tk] = self.shape;
+        let [.., tq, tk] = self.shape;
         if self.selections.is_empty() {
             return self.dense_pairs();
         }
-        let mut row = vec![0u8; tk];
-        (0..b * h)
-            .flat_map(|bh| (0..tq).map(move |i| (bh, i)))
-            .map(|(bh, i)| {
-                self.mask_row(bh, i, &mut row);
-                row.iter().map(|&x| u64::from(x)).sum::<u64>()
-            })
-            .sum()
+        self.selections.iter().map(|s| mask::pairs(s, tq, tk)).sum()
     }
 
     /// Dense 0/1 mask u8 (B, H, Tq, Tk): 1 where the query attended to the key.
     pub fn mask(&self) -> Result<Tensor> {
         let [b, h, tq, tk] = self.shape;
-        let mut mask = vec![0u8; b * h * tq * tk];
+        let mut all = vec![0u8; b * h * tq * tk];
         if tk > 0 {
-            for (r, row) in mask.chunks_exact_mut(tk).enumerate() {
-                self.mask_row(r / tq, r % tq, row);
-            }
-        }
-        Ok(Tensor::from_vec(mask, (b, h, tq, tk), &Device::Cpu)?)
-    }
-
-    fn mask_row(&self, bh: usize, i: usize, row: &mut [u8]) {
-        let visible = self.visible(i);
-        match self.selections.get(bh) {
-            None => {
-                row[..visible].fill(1);
-                row[visible..].fill(0);
-            }
-            Some(s) => {
-                s.mark(i, row);
-                row[visible..].fill(0);
-            }
-        }
-    }
-}
-
-impl HeadSelection {
-    /// Write 1 for each key that query `i` attends to and 0 elsewhere, causality left aside;
-    /// `row` has one element per key.
-    pub fn mark(&self, i: usize, row: &mut [u8]) {
-        row.fill(0);
-        if let Some(t) = &self.blocks {
-            let qb = i / t.block_q;
-            for (e, &kb) in t.row(qb).iter().enumerate() {
-                let on = t.rows.as_ref().is_none_or(|m| m[t.indptr[qb] + e] >> (i % t.block_q) & 1 == 1);
-                if on {
-                    let at = kb as usize * t.block_k;
-                    let end = (at + t.block_k).min(row.len());
-                    row[at..end].fill(1);
+            for (r, row) in all.chunks_exact_mut(tk).enumerate() {
+                let (bh, i) = (r / tq, r % tq);
+                match self.selections.get(bh) {
+                    None => row[..self.visible(i)].fill(1),
+                    // A selection is only ever made for causal attention.
+                    Some(s) => mask::mask_row(s, i, tq, row),
                 }
             }
         }
-        if let Some(k) = &self.keys {
-            for &j in k.row(i / k.group) {
-                row[j as usize] = 1;
-            }
-        }
+        Ok(Tensor::from_vec(all, (b, h, tq, tk), &Device::Cpu)?)
     }
+}
+
+fn flat(t: &Tensor) -> Result<Vec<f32>> {
+    Ok(t.flatten_all()?.to_vec1()?)
 }
 
 fn prepare(name: &'static str, t: &Tensor) -> Result<Tensor> {
@@ -158,7 +131,7 @@ fn prepare(name: &'static str, t: &Tensor) -> Result<Tensor> {
         });
     }
     let t = t.to_dtype(DType::F32)?.contiguous()?;
-    if let Some(at) = t.flatten_all()?.to_vec1::<f32>()?.iter().position(|x| !x.is_finite()) {
+    if let Some(at) = flat(&t)?.iter().position(|x| !x.is_finite()) {
         return Err(Error::Param {
             system: "apply".into(),
             message: format!("{name} holds NaN or infinity at flat index {at}; attention over it is undefined"),
@@ -320,6 +293,9 @@ mod tests {
         let nan = Tensor::from_vec(vec![0f32, f32::NAN], (1, 1, 1, 2), &Device::Cpu).unwrap();
         let m = go(&nan, &nan, &nan);
         assert!(m.contains("q holds NaN or infinity at flat index 1"), "{m}");
+        let huge = Tensor::full(1e30f32, (1, 1, 2, 2), &Device::Cpu).unwrap();
+        let m = go(&huge, &huge, &huge);
+        assert!(m.contains("output is not finite at flat index 0") && m.contains("scale q"), "{m}");
         let int = Tensor::zeros((1, 1, 1, 2), DType::U32, &Device::Cpu).unwrap();
         assert!(go(&int, &int, &int).contains("dtype U32"), "integers");
     }

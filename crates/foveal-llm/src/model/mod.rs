@@ -9,7 +9,6 @@ mod ops;
 mod prefill;
 
 pub use calibrate::Calibration;
-pub(crate) use ops::rms_norm_row;
 pub(crate) use prefill::difference;
 
 use crate::checkpoint::Checkpoint;
@@ -21,9 +20,10 @@ use crate::session::Session;
 use foveal::Work;
 use foveal::cache::{CacheCtx, KvWeights};
 use foveal::sparse::HeadSelection;
+use foveal_kernels::Isa;
+use foveal_kernels::elementwise::{self, Heads};
 use foveal_kernels::linear::PackedLinear;
 pub use foveal_kernels::linear::WeightFormat;
-use foveal_kernels::{Isa, elementwise};
 use half::bf16;
 use rayon::prelude::*;
 use std::fmt;
@@ -625,12 +625,21 @@ pub(crate) fn room(v: &mut Vec<f32>, n: usize) -> &mut [f32] {
 }
 
 impl Model {
-    /// Fused projections of `n` rows: (n, (H + 2·H_kv)·D) in `s.qkv`.
+    /// Fused projections of `n` rows, queries and keys normalised where the family does so:
+    /// (n, (H + 2·H_kv)·D) in `s.qkv`.
     pub(crate) fn project(&self, layer: usize, x: &[f32], n: usize, s: &mut Scratch) -> Result<()> {
         let (l, c) = (&self.layers[layer], &self.config);
         let normed = room(&mut s.normed, n * c.hidden_size);
         elementwise::rms_norm(x, &l.attn_norm, c.rms_norm_eps as f32, normed, self.isa)?;
-        l.qkv.forward(normed, n, room(&mut s.qkv, n * l.qkv.n()), self.isa)?;
+        let (width, d, eps) = (l.qkv.n(), c.head_dim, c.rms_norm_eps as f32);
+        let qkv = room(&mut s.qkv, n * width);
+        l.qkv.forward(normed, n, qkv, self.isa)?;
+        for (gain, first, heads) in [(&l.q_norm, 0, c.num_heads), (&l.k_norm, c.num_heads, c.num_kv_heads)] {
+            if !gain.is_empty() {
+                let rows = Heads::in_rows(n, width, first * d, heads, d);
+                elementwise::rms_norm_heads(qkv, rows, gain, eps, self.isa)?;
+            }
+        }
         Ok(())
     }
 

@@ -6,7 +6,7 @@
 
 use super::{
     AttentionDtype, LayerKv, LogitsFor, Model, OBSERVED, PrefillOptions, Prompt, ROWS, Recorded, Scratch, Stats,
-    interrupted, ops,
+    interrupted,
 };
 use crate::error::{LlmError, Result};
 use crate::plan::Resolved;
@@ -201,8 +201,7 @@ impl Model {
         s: &mut Scratch,
     ) -> Result<Qkv> {
         let c = self.config();
-        let l = &self.layers[layer];
-        let (h, hkv, d, eps) = (c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps as f32);
+        let (h, hkv, d) = (c.num_heads, c.num_kv_heads, c.head_dim);
         let (hidden, width, half) = (c.hidden_size, (h + 2 * hkv) * d, c.rope_dim / 2);
         let t = x.len() / hidden;
         let kv = || vec![0f32; hkv * t * d];
@@ -218,9 +217,6 @@ impl Model {
                     q.copy_from_slice(&x[..h * d]);
                     let (cos, sin) = angle(a + i);
                     for q in q.chunks_exact_mut(d) {
-                        if !l.q_norm.is_empty() {
-                            ops::rms_norm_row(q, &l.q_norm, eps);
-                        }
                         Rope::rotate_row(q, cos, sin);
                     }
                 },
@@ -230,9 +226,6 @@ impl Model {
             let keys = |head: usize, k: &mut [f32], rotate: bool| {
                 for (i, k) in k[a * d..(a + n) * d].chunks_exact_mut(d).enumerate() {
                     k.copy_from_slice(row(h + head, i));
-                    if !l.k_norm.is_empty() {
-                        ops::rms_norm_row(k, &l.k_norm, eps);
-                    }
                     if rotate {
                         let (cos, sin) = angle(a + i);
                         Rope::rotate_row(k, cos, sin);

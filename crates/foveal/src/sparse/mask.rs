@@ -1,39 +1,69 @@
 //! What a selection really visits: as a picture, and as a share of the causal pairs.
 
 use super::HeadSelection;
-use foveal_kernels::HeadTable;
 
-/// The parts of a selection as block tables; key lists are tables of one-key blocks.
-fn tables(selection: &HeadSelection) -> impl Iterator<Item = HeadTable> + '_ {
-    let keys = selection.keys.iter().map(|k| HeadTable {
-        block_q: k.group,
-        block_k: 1,
-        indptr: k.indptr.clone(),
-        blocks: k.keys.clone(),
-        rows: None,
-    });
-    selection.blocks.iter().cloned().chain(keys)
+/// One part of a selection as a block table; key lists are tables of one-key blocks.
+struct Part<'a> {
+    block_q: usize,
+    block_k: usize,
+    indptr: &'a [usize],
+    blocks: &'a [u32],
+    rows: Option<&'a [u64]>,
 }
 
-/// Call `f(query, first key, end of keys)` for every run of causally visible keys that one query
+impl Part<'_> {
+    /// Entries of the query block `qb`; none past the last.
+    fn entries(&self, qb: usize) -> std::ops::Range<usize> {
+        self.indptr.get(qb..qb + 2).map_or(0..0, |p| p[0]..p[1])
+    }
+
+    /// Keys of entry `e` among `tk`.
+    fn keys(&self, e: usize, tk: usize) -> std::ops::Range<usize> {
+        let lo = (self.blocks[e] as usize * self.block_k).min(tk);
+        lo..(lo + self.block_k).min(tk)
+    }
+}
+
+/// The block part.
+fn block_part(s: &HeadSelection) -> Option<Part<'_>> {
+    let t = s.blocks.as_ref()?;
+    let rows = t.rows.as_deref();
+    Some(Part { block_q: t.block_q, block_k: t.block_k, indptr: &t.indptr, blocks: &t.blocks, rows })
+}
+
+/// The single-key part.
+fn key_part(s: &HeadSelection) -> Option<Part<'_>> {
+    let k = s.keys.as_ref()?;
+    Some(Part { block_q: k.group, block_k: 1, indptr: &k.indptr, blocks: &k.keys, rows: None })
+}
+
+/// Call `f(first key, end of keys)` for every run of causally visible keys that query `i` of `tq`
 /// visits. A pair named twice is reported twice.
-fn runs(selection: &HeadSelection, tq: usize, tk: usize, mut f: impl FnMut(usize, usize, usize)) {
-    let off = tk - tq;
-    for t in tables(selection) {
-        for qb in 0..t.indptr.len().saturating_sub(1) {
-            for e in t.indptr[qb]..t.indptr[qb + 1] {
-                let lo = t.blocks[e] as usize * t.block_k;
-                let hi = (lo + t.block_k).min(tk);
-                for (bit, i) in (qb * t.block_q..((qb + 1) * t.block_q).min(tq)).enumerate() {
-                    let on = t.rows.as_ref().is_none_or(|r| r[e] >> bit & 1 == 1);
-                    let hi = hi.min(off + i + 1);
-                    if on && lo < hi {
-                        f(i, lo, hi);
-                    }
-                }
+fn runs_of(selection: &HeadSelection, i: usize, tq: usize, tk: usize, mut f: impl FnMut(usize, usize)) {
+    let visible = tk - tq + i + 1;
+    for part in block_part(selection).into_iter().chain(key_part(selection)) {
+        let (qb, bit) = (i / part.block_q, i % part.block_q);
+        for e in part.entries(qb) {
+            let keys = part.keys(e, visible.min(tk));
+            if !keys.is_empty() && part.rows.is_none_or(|r| r[e] >> bit & 1 == 1) {
+                f(keys.start, keys.end);
             }
         }
     }
+}
+
+/// [`runs_of`] every query, as `f(query, first key, end of keys)`.
+fn runs(selection: &HeadSelection, tq: usize, tk: usize, mut f: impl FnMut(usize, usize, usize)) {
+    for i in 0..tq {
+        runs_of(selection, i, tq, tk, |lo, hi| f(i, lo, hi));
+    }
+}
+
+/// Write 1 to `row`, one element a key, where query `i` of `tq` attends to a causally visible key,
+/// and 0 elsewhere.
+pub fn mask_row(selection: &HeadSelection, i: usize, tq: usize, row: &mut [u8]) {
+    row.fill(0);
+    runs_of(selection, i, tq, row.len(), |lo, hi| row[lo..hi].fill(1));
 }
 
 /// What the selection visits of a causal, bottom-right aligned problem as a (tq, tk) picture of 0
@@ -60,19 +90,16 @@ pub fn density(selection: &HeadSelection, tq: usize, tk: usize) -> f64 {
 
 /// Pairs inside visited tiles, masked ones included, for the block part and the single-key part.
 pub fn tile_pairs(selection: &HeadSelection, tq: usize, tk: usize) -> (u64, u64) {
-    let area = |t: HeadTable| -> u64 {
+    let area = |t: Part| -> u64 {
         (0..t.indptr.len().saturating_sub(1))
             .map(|qb| {
                 let rows = ((qb + 1) * t.block_q).min(tq) - (qb * t.block_q).min(tq);
-                let cols: usize =
-                    t.row(qb).iter().map(|&x| t.block_k.min(tk.saturating_sub(x as usize * t.block_k))).sum();
+                let cols: usize = t.entries(qb).map(|e| t.keys(e, tk).len()).sum();
                 (rows * cols) as u64
             })
             .sum()
     };
-    let blocks = selection.blocks.clone().map_or(0, area);
-    let keys = tables(&HeadSelection { blocks: None, keys: selection.keys.clone() }).map(area).sum();
-    (blocks, keys)
+    (block_part(selection).map_or(0, area), key_part(selection).map_or(0, area))
 }
 
 /// Whether no (query, key) pair is named twice, which is what merging the block part and the
@@ -91,7 +118,7 @@ pub fn is_disjoint(selection: &HeadSelection, tq: usize, tk: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use foveal_kernels::HeadKeys;
+    use foveal_kernels::{HeadKeys, HeadTable};
 
     #[test]
     fn pictures_and_shares_agree() {
@@ -107,6 +134,9 @@ mod tests {
         };
         let want = [1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1];
         assert_eq!(dense_mask(&s, 3, 5), want);
+        let mut row = [9; 5];
+        mask_row(&s, 2, 3, &mut row);
+        assert_eq!(row, want[10..]);
         assert_eq!(pairs(&s, 3, 5), 8 + 1);
         assert!(!is_disjoint(&s, 3, 5));
         assert_eq!(tile_pairs(&s, 3, 5), (6 + 3 + 2, 3));
