@@ -1,21 +1,20 @@
 //! GGUF versions 2 and 3: a header parser that trusts no number in the file, and dequantisation to `f32`.
 //!
-//! The header is parsed into ranges over the file's bytes: strings and arrays stay where they are, so what a file makes this code
+//! The header is read alone and parsed into ranges over its bytes: strings and arrays stay where they are, so what a file makes this code
 //! allocate is bounded by a small multiple of the file's own size whatever its counts claim. Every count, length, product and
 //! offset is checked before it is used. Quantised blocks are decoded by candle.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::fs::File;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{CpuStorage, Device};
-use memmap2::{Mmap, MmapMut};
 use rayon::prelude::*;
 
 use crate::error::{LlmError, Result};
+use crate::weight_file::{Bytes, WeightFile};
 
 /// Tensors may have at most this many dimensions, as in ggml.
 const MAX_DIMS: u32 = 4;
@@ -25,6 +24,10 @@ const MAX_NESTING: u32 = 4;
 const DEFAULT_ALIGNMENT: u64 = 32;
 /// Names longer than this are refused.
 const MAX_NAME: u64 = 65_535;
+/// What is read of a file at first; most headers are shorter.
+const FIRST_READ: u64 = 8 << 20;
+/// Headers longer than this are refused: the largest vocabularies take a tenth of it.
+const MAX_HEADER: u64 = 256 << 20;
 
 /// The tensor types that can be read, for messages.
 pub const SUPPORTED_TYPES: &str = "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K";
@@ -179,19 +182,37 @@ pub struct Header {
     values: HashMap<String, Value>,
     tensors: Vec<TensorInfo>,
     index: HashMap<String, usize>,
+    /// Bytes of the file that the header takes.
+    end: usize,
 }
 
 /// A refusal of the parser before the file's path is attached to it.
 #[derive(Debug)]
 enum Refusal {
-    Damaged { offset: u64, problem: String },
-    Unsupported { what: String, value: String, supported: String, remedy: &'static str },
+    /// No refusal yet: so many bytes of the file must be there to go on.
+    More(u64),
+    Damaged {
+        offset: u64,
+        problem: String,
+    },
+    Unsupported {
+        what: String,
+        value: String,
+        supported: String,
+        remedy: &'static str,
+    },
 }
 
 impl Refusal {
     fn at(self, path: &Path) -> LlmError {
         let path = path.to_path_buf();
         match self {
+            Refusal::More(need) => LlmError::Damaged {
+                path,
+                format: "GGUF",
+                problem: format!("the header takes {need} bytes or more; at most {MAX_HEADER} are allowed"),
+                offset: 0,
+            },
             Refusal::Damaged { offset, problem } => LlmError::Damaged { path, format: "GGUF", problem, offset },
             Refusal::Unsupported { what, value, supported, remedy } => {
                 LlmError::Unsupported { path, what, value, supported, remedy }
@@ -200,10 +221,13 @@ impl Refusal {
     }
 }
 
-/// Reads forward through the bytes; no read passes the end.
+/// Reads forward through the bytes; no read passes the end of them or of the file.
 struct Cursor<'a> {
+    /// The beginning of the file.
     data: &'a [u8],
     at: usize,
+    /// Bytes of the whole file.
+    len: u64,
 }
 
 impl<'a> Cursor<'a> {
@@ -212,13 +236,16 @@ impl<'a> Cursor<'a> {
     }
 
     fn left(&self) -> u64 {
-        (self.data.len() - self.at) as u64
+        self.len - self.at as u64
     }
 
     fn take(&mut self, len: u64, what: &str) -> Result<Range<usize>, Refusal> {
         if len > self.left() {
             let left = self.left();
             return self.damaged(format!("{what} needs {len} bytes but only {left} are left"));
+        }
+        if len > (self.data.len() - self.at) as u64 {
+            return Err(Refusal::More(self.at as u64 + len));
         }
         // `len` fits in usize because it is at most the length of a slice.
         let range = self.at..self.at + len as usize;
@@ -321,11 +348,29 @@ impl<'a> Cursor<'a> {
 impl Header {
     /// Parses the header in `data`, which must be the whole file (offsets are checked against its length). `path` is for messages.
     pub fn parse(data: &[u8], path: &Path) -> Result<Self> {
-        Self::parse_inner(data).map_err(|refusal| refusal.at(path))
+        Self::parse_inner(data, data.len() as u64).map_err(|refusal| refusal.at(path))
     }
 
-    fn parse_inner(data: &[u8]) -> Result<Self, Refusal> {
-        let mut c = Cursor { data, at: 0 };
+    /// The header of `file`, and its bytes.
+    fn read(file: &WeightFile) -> Result<(Self, Vec<u8>)> {
+        let mut want = FIRST_READ;
+        loop {
+            let mut head = file.head(want)?;
+            match Self::parse_inner(&head, file.len()) {
+                Ok(header) => {
+                    head.truncate(header.end);
+                    head.shrink_to_fit();
+                    return Ok((header, head));
+                }
+                Err(Refusal::More(need)) if need <= MAX_HEADER => want = need.max(2 * want).min(MAX_HEADER),
+                Err(refusal) => return Err(refusal.at(file.path())),
+            }
+        }
+    }
+
+    /// `data` is the beginning of a file of `len` bytes.
+    fn parse_inner(data: &[u8], len: u64) -> Result<Self, Refusal> {
+        let mut c = Cursor { data, at: 0, len };
         let magic: [u8; 4] = c.array("the magic number")?;
         if &magic != b"GGUF" {
             return Err(Refusal::Damaged {
@@ -351,11 +396,9 @@ impl Header {
         let num_values = c.u64("the metadata count")?;
         // The smallest metadata entry is 13 bytes, the smallest tensor entry 24.
         if num_values > c.left() / 13 {
-            let len = data.len();
             return c.damaged(format!("{num_values} metadata entries claimed in a file of {len} bytes"));
         }
         if num_tensors > c.left() / 24 {
-            let len = data.len();
             return c.damaged(format!("{num_tensors} tensors claimed in a file of {len} bytes"));
         }
         let mut values = HashMap::new();
@@ -437,7 +480,6 @@ impl Header {
         }
         let start = (c.at as u64).next_multiple_of(alignment);
 
-        let len = data.len() as u64;
         let mut tensors = Vec::with_capacity(raw.len());
         for (name, shape, dtype, offset, bytes) in raw {
             let end = start.checked_add(offset).and_then(|begin| begin.checked_add(bytes));
@@ -456,7 +498,7 @@ impl Header {
                 return c.damaged(format!("tensors `{}` and `{}` overlap", pair[0].name, pair[1].name));
             }
         }
-        Ok(Header { version, values, tensors, index })
+        Ok(Header { version, values, tensors, index, end: c.at })
     }
 
     /// The tensor directory in file order.
@@ -470,61 +512,45 @@ impl Header {
     }
 }
 
-/// A GGUF file, mapped.
+/// A GGUF file: its header in memory, its tensors on disk.
 pub struct Gguf {
-    path: PathBuf,
-    map: Mmap,
+    file: WeightFile,
+    /// The file's bytes up to the end of the header.
+    head: Vec<u8>,
     header: Header,
 }
 
 impl std::fmt::Debug for Gguf {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Gguf").field("path", &self.path).field("tensors", &self.header.tensors.len()).finish()
+        f.debug_struct("Gguf").field("path", &self.path()).field("tensors", &self.header.tensors.len()).finish()
     }
-}
-
-/// Maps a file for reading.
-pub(crate) fn map(path: &Path) -> Result<Mmap> {
-    let file = File::open(path).map_err(|e| LlmError::io(path, "open the file", e))?;
-    let meta = file.metadata().map_err(|e| LlmError::io(path, "read the file's size", e))?;
-    if meta.is_dir() {
-        return Err(LlmError::NotACheckpoint { path: path.into(), why: "it is a folder".into() });
-    }
-    if meta.len() == 0 {
-        return Err(LlmError::NotACheckpoint { path: path.into(), why: "the file is empty".into() });
-    }
-    // SAFETY: the mapping is read-only and private to this process. Should another process shorten the file meanwhile, the system
-    // ends this one with SIGBUS; no other memory is touched. Every index into the map is checked against its length.
-    unsafe { Mmap::map(&file) }.map_err(|e| LlmError::io(path, "map the file", e))
 }
 
 impl Gguf {
-    /// Maps and parses the file at `path`.
+    /// Opens the file at `path` and parses its header.
     ///
     /// # Errors
     /// A file that cannot be opened, or whose header contradicts itself or the file's length.
     pub fn open(path: &Path) -> Result<Self> {
-        let map = map(path)?;
-        let header = Header::parse(&map, path)?;
-        Ok(Gguf { path: path.to_path_buf(), map, header })
+        Self::of(WeightFile::open(path, "GGUF")?)
     }
 
-    /// Parses bytes in memory (copied once, to an aligned place). For tests and fuzzing.
+    /// Parses bytes in memory (copied once). For tests and fuzzing.
     ///
     /// # Errors
     /// As [`Gguf::open`].
     pub fn from_bytes(data: &[u8]) -> Result<Self> {
-        let path = PathBuf::from("<memory>");
-        let mut map = MmapMut::map_anon(data.len().max(1)).map_err(|e| LlmError::io(&path, "allocate", e))?;
-        map[..data.len()].copy_from_slice(data);
-        let map = map.make_read_only().map_err(|e| LlmError::io(&path, "allocate", e))?;
-        let header = Header::parse(&map[..data.len()], &path)?;
-        Ok(Gguf { path, map, header })
+        Self::of(WeightFile::memory(data.to_vec(), "GGUF"))
+    }
+
+    fn of(file: WeightFile) -> Result<Self> {
+        let (header, head) = Header::read(&file)?;
+        Ok(Gguf { file, head, header })
     }
 
     /// The file's path.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.file.path()
     }
 
     /// Metadata and tensor directory.
@@ -534,7 +560,7 @@ impl Gguf {
 
     /// Bytes of the file.
     pub fn file_bytes(&self) -> u64 {
-        self.map.len() as u64
+        self.file.len()
     }
 
     /// Whether the metadata has `key`.
@@ -548,7 +574,7 @@ impl Gguf {
     }
 
     fn bad(&self, key: &str, value: impl Into<String>, need: impl Into<String>) -> LlmError {
-        LlmError::BadValue { path: self.path.clone(), key: key.into(), value: value.into(), need: need.into() }
+        LlmError::BadValue { path: self.path().into(), key: key.into(), value: value.into(), need: need.into() }
     }
 
     /// A whole number that fits `u64`, of whatever integer type it is stored as. `None` when absent.
@@ -557,7 +583,7 @@ impl Gguf {
     /// The value is negative or no integer.
     pub fn get_u64(&self, key: &str) -> Result<Option<u64>> {
         let Some(value) = self.header.values.get(key) else { return Ok(None) };
-        match scalar(&self.map, value.kind, value.bytes.clone()) {
+        match scalar(&self.head, value.kind, value.bytes.clone()) {
             Some(Scalar::Int(v)) => match u64::try_from(v) {
                 Ok(v) => Ok(Some(v)),
                 Err(_) => Err(self.bad(key, v.to_string(), "needs a whole number of at least 0")),
@@ -572,7 +598,7 @@ impl Gguf {
     /// The value is no number.
     pub fn get_f64(&self, key: &str) -> Result<Option<f64>> {
         let Some(value) = self.header.values.get(key) else { return Ok(None) };
-        match scalar(&self.map, value.kind, value.bytes.clone()) {
+        match scalar(&self.head, value.kind, value.bytes.clone()) {
             Some(Scalar::Int(v)) => Ok(Some(v as f64)),
             Some(Scalar::Float(v)) => Ok(Some(v)),
             _ => Err(self.bad(key, format!("{:?}", value.kind), "needs a number")),
@@ -588,7 +614,7 @@ impl Gguf {
         if value.kind != Kind::Bool {
             return Err(self.bad(key, format!("{:?}", value.kind), "needs true or false"));
         }
-        Ok(Some(self.map[value.bytes.start] != 0))
+        Ok(Some(self.head[value.bytes.start] != 0))
     }
 
     /// A string. `None` when absent.
@@ -600,7 +626,7 @@ impl Gguf {
         if value.kind != Kind::String {
             return Err(self.bad(key, format!("{:?}", value.kind), "needs a string"));
         }
-        match std::str::from_utf8(&self.map[value.bytes.clone()]) {
+        match std::str::from_utf8(&self.head[value.bytes.clone()]) {
             Ok(s) => Ok(Some(s)),
             Err(e) => Err(self.bad(key, "bytes", format!("needs UTF-8 ({e})"))),
         }
@@ -616,11 +642,11 @@ impl Gguf {
             return Err(self.bad(key, format!("{:?}", value.kind), "needs an array of strings"));
         };
         // The header parser walked this array, so every read below succeeds; a miss is still an error and not a panic.
-        let mut cursor = Cursor { data: &self.map[..value.bytes.end], at: value.bytes.start };
+        let mut cursor = Cursor { data: &self.head, at: value.bytes.start, len: value.bytes.end as u64 };
         let mut out = Vec::with_capacity(count as usize);
         for _ in 0..count {
-            let range = cursor.string(key).map_err(|refusal| refusal.at(&self.path))?;
-            out.push(&self.map[range]);
+            let range = cursor.string(key).map_err(|refusal| refusal.at(self.path()))?;
+            out.push(&self.head[range]);
         }
         Ok(Some(out))
     }
@@ -636,7 +662,7 @@ impl Gguf {
         let mut out = Vec::with_capacity(count as usize);
         for i in 0..count as usize {
             let at = value.bytes.start + i * size as usize;
-            match scalar(&self.map, kind, at..at + size as usize).and_then(&pick) {
+            match scalar(&self.head, kind, at..at + size as usize).and_then(&pick) {
                 Some(v) => out.push(v),
                 None => return Err(self.bad(key, format!("element {i} of type {kind:?}"), need)),
             }
@@ -667,16 +693,20 @@ impl Gguf {
         })
     }
 
+    fn bytes_of(&self, info: &TensorInfo) -> Result<Bytes> {
+        self.file.read(&info.name, info.bytes.clone())
+    }
+
     /// Dequantises a tensor to row-major `f32`, rows in the order `order` gives (`None` keeps the file's).
     /// `order` maps each output row to a stored row; a row is the last dimension.
     ///
     /// # Errors
-    /// A weight that is NaN or infinite, named with its index in the output.
+    /// A weight that is NaN or infinite, named with its index in the output; a file that was shortened since it was opened.
     pub fn dequantize(&self, info: &TensorInfo, order: Option<&[usize]>) -> Result<Vec<f32>> {
         let cols = info.shape[info.shape.len() - 1];
         let total = info.shape.iter().product::<usize>();
         let row_bytes = cols / info.dtype.block_len() * info.dtype.block_bytes();
-        let bytes = &self.map[info.bytes.clone()];
+        let bytes = self.bytes_of(info)?;
         let mut out = vec![0f32; total];
         // About 16 Ki weights a task: small enough that the decoder's own buffer stays in cache.
         let rows_per_task = (16_384 / cols).max(1);
@@ -705,7 +735,7 @@ impl Gguf {
             .next();
         match first_bad {
             Some((index, value)) => {
-                Err(LlmError::NonFinite { path: self.path.clone(), tensor: info.name.clone(), index, value })
+                Err(LlmError::NonFinite { path: self.path().into(), tensor: info.name.clone(), index, value })
             }
             None => Ok(out),
         }
@@ -715,13 +745,13 @@ impl Gguf {
     /// of rows is exact. The weights are not searched for NaN.
     ///
     /// # Errors
-    /// candle refuses the tensor.
+    /// candle refuses the tensor, or the file was shortened since it was opened.
     pub fn qtensor(&self, info: &TensorInfo, order: Option<&[usize]>) -> Result<QTensor> {
         let cols = info.shape[info.shape.len() - 1];
         let row_bytes = cols / info.dtype.block_len() * info.dtype.block_bytes();
-        let bytes = &self.map[info.bytes.clone()];
+        let bytes = self.bytes_of(info)?;
         let data: Cow<'_, [u8]> = match order {
-            None => Cow::Borrowed(bytes),
+            None => Cow::Borrowed(&*bytes),
             Some(order) => {
                 let mut data = Vec::with_capacity(bytes.len());
                 for &from in order {

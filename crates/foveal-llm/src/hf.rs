@@ -3,24 +3,23 @@
 use std::collections::HashMap;
 use std::path::{Component, Path, PathBuf};
 
-use memmap2::Mmap;
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype, Metadata};
-use safetensors::{SafeTensorError, SafeTensors};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::HostTensor;
 use crate::config::{Family, ModelConfig, RopeScaling};
 use crate::error::{LlmError, Result};
-use crate::gguf::{first_non_finite, map};
+use crate::gguf::first_non_finite;
+use crate::weight_file::WeightFile;
 
 /// Text files (configurations, indexes, tokenizers) larger than this are refused unread.
 pub(crate) const MAX_TEXT_BYTES: u64 = 256 << 20;
 
-/// One mapped safetensors file.
+/// One safetensors file: its directory in memory, its tensors on disk.
 struct Shard {
     path: PathBuf,
-    map: Mmap,
+    file: WeightFile,
     metadata: Metadata,
     /// Where tensor data starts.
     data: usize,
@@ -46,33 +45,52 @@ impl std::fmt::Debug for HfFolder {
 /// # Errors
 /// A header that contradicts itself or the file's length.
 pub fn parse_safetensors(data: &[u8], path: &Path) -> Result<(usize, Metadata)> {
+    parse_head(data, data.len() as u64, path)
+}
+
+/// Bytes before the header's JSON: its length.
+const PREFIX: u64 = 8;
+/// Headers longer than this are refused, as by the format's own library.
+const MAX_HEADER: u64 = 100_000_000;
+
+/// [`parse_safetensors`] on `data`, the beginning of a file of `len` bytes; the whole header must be in it, if the file has it.
+fn parse_head(data: &[u8], len: u64, path: &Path) -> Result<(usize, Metadata)> {
     let damaged = |offset: u64, problem: String| LlmError::Damaged {
         path: path.to_path_buf(),
         format: "safetensors",
         problem,
         offset,
     };
+    let header = header_bytes(data, len).map_err(|problem| damaged(0, problem))?;
+    let start = PREFIX + header;
+    let Some(json) = data.get(PREFIX as usize..start as usize) else {
+        return Err(damaged(PREFIX, format!("the header of {header} bytes was cut off")));
+    };
+    // Deserialising checks order, gaps, overlaps and sizes.
+    let metadata: Metadata =
+        serde_json::from_slice(json).map_err(|e| damaged(PREFIX, format!("the header does not hold: {e}")))?;
+    let (need, have) = (metadata.data_len() as u64, len - start);
+    if need != have {
+        let problem =
+            format!("the tensors need {need} bytes but {have} follow the header: the file was cut or extended");
+        return Err(damaged(start, problem));
+    }
+    Ok((start as usize, metadata))
+}
+
+/// Bytes of the header's JSON, from the beginning `data` of a file of `len` bytes.
+fn header_bytes(data: &[u8], len: u64) -> std::result::Result<u64, String> {
     let Some(prefix) = data.first_chunk::<8>() else {
-        return Err(damaged(0, format!("the file has {} bytes, too few for a header", data.len())));
+        return Err(format!("the file has {len} bytes, too few for a header"));
     };
     let header = u64::from_le_bytes(*prefix);
-    if header > data.len() as u64 - 8 {
-        let len = data.len();
-        return Err(damaged(0, format!("the header claims {header} bytes but the file has {len}")));
+    if header > len - PREFIX {
+        return Err(format!("the header claims {header} bytes but the file has {len}"));
     }
-    let (header, metadata) = SafeTensors::read_metadata(data).map_err(|e| match e {
-        SafeTensorError::MetadataIncompleteBuffer => {
-            let len = data.len();
-            damaged(8, format!("the tensors do not fill the file of {len} bytes exactly: it was cut or extended"))
-        }
-        other => damaged(8, other.to_string()),
-    })?;
-    let start = header + 8;
-    if data.len().checked_sub(start) != Some(metadata.data_len()) {
-        let (need, have) = (metadata.data_len(), data.len().saturating_sub(start));
-        return Err(damaged(start as u64, format!("the tensors need {need} bytes but {have} follow the header")));
+    if header > MAX_HEADER {
+        return Err(format!("the header claims {header} bytes; at most {MAX_HEADER} are allowed"));
     }
-    Ok((start, metadata))
+    Ok(header)
 }
 
 /// Reads a text file of bounded size.
@@ -234,7 +252,7 @@ impl HfFolder {
 
     /// Bytes of all shards.
     pub fn file_bytes(&self) -> u64 {
-        self.shards.iter().map(|s| s.map.len() as u64).sum()
+        self.shards.iter().map(|s| s.file.len()).sum()
     }
 
     /// The folder.
@@ -245,11 +263,11 @@ impl HfFolder {
     /// Loads a tensor as `f32`; `None` when there is none of this name.
     ///
     /// # Errors
-    /// A storage type other than F32, F16 and BF16, or a weight that is NaN or infinite.
+    /// A storage type other than F32, F16 and BF16, a weight that is NaN or infinite, or a file that was shortened since it was opened.
     pub fn tensor(&self, name: &str) -> Result<Option<HostTensor>> {
         let Some((shard, info)) = self.find(name) else { return Ok(None) };
         let (begin, end) = info.data_offsets;
-        let bytes = &shard.map[shard.data + begin..shard.data + end];
+        let bytes = shard.file.read(name, shard.data + begin..shard.data + end)?;
         let total: usize = info.shape.iter().product();
         let mut data = vec![0f32; total];
         const TASK: usize = 16_384;
@@ -300,9 +318,10 @@ impl HfFolder {
 
 impl Shard {
     fn open(path: &Path) -> Result<Self> {
-        let map = map(path)?;
-        let (data, metadata) = parse_safetensors(&map, path)?;
-        Ok(Shard { path: path.to_path_buf(), map, metadata, data })
+        let file = WeightFile::open(path, "safetensors")?;
+        let header = header_bytes(&file.head(PREFIX)?, file.len()).unwrap_or(0);
+        let (data, metadata) = parse_head(&file.head(PREFIX + header)?, file.len(), path)?;
+        Ok(Shard { path: path.to_path_buf(), file, metadata, data })
     }
 }
 

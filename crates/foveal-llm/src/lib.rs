@@ -16,6 +16,7 @@ pub mod session;
 #[cfg(test)]
 mod testing;
 pub mod tokenizer;
+mod weight_file;
 
 pub use checkpoint::{Checkpoint, HostTensor};
 pub use config::{Family, ModelConfig, RopeScaling};

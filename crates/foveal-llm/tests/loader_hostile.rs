@@ -493,3 +493,33 @@ fn noise_never_panics() {
         let _ = parse_safetensors(&headed, Path::new("x"));
     }
 }
+
+/// A mapped file would end this process with SIGBUS here.
+#[test]
+fn a_file_shortened_after_it_was_opened_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let shorten = |path: &Path, keep: u64| {
+        std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(keep).unwrap();
+    };
+    let path = dir.path().join("m.gguf");
+    let whole = tiny_gguf("llama").build();
+    std::fs::write(&path, &whole).unwrap();
+    let c = Checkpoint::open(&path).unwrap();
+    let names_of_tensors = c.tensor_names();
+    shorten(&path, whole.len() as u64 / 2);
+    let failed: Vec<String> =
+        names_of_tensors.iter().filter_map(|n| c.tensor(n).err()).map(|e| e.to_string()).collect();
+    assert!(!failed.is_empty() && failed.len() < names_of_tensors.len(), "half of the file is still there");
+    failed.iter().for_each(|e| names(e, &["m.gguf", "damaged GGUF", "now ends before that", "tensor `"]));
+    shorten(&path, 0);
+    assert!(names_of_tensors.iter().all(|n| c.tensor(n).is_err()));
+
+    let folder = tiny_folder("LlamaForCausalLM");
+    let path = folder.path().join("model.safetensors");
+    let c = Checkpoint::open(folder.path()).unwrap();
+    shorten(&path, 3000);
+    let failed: Vec<String> =
+        c.tensor_names().iter().filter_map(|n| c.tensor(n).err()).map(|e| e.to_string()).collect();
+    assert!(!failed.is_empty());
+    failed.iter().for_each(|e| names(e, &["model.safetensors", "damaged safetensors", "now ends before that"]));
+}
