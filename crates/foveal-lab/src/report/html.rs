@@ -10,11 +10,13 @@ const STYLE: &str = r#"
 :root{color-scheme:light dark;--bg:#fdfdfb;--fg:#1c1d20;--mute:#5d626b;--line:#d9dade;--card:#fff;--good:#17663a;--bad:#a11d2b;--warn:#7a5200;--hit:#2b8a57;--miss:#d9dade}
 @media(prefers-color-scheme:dark){:root{--bg:#15171a;--fg:#e8e8e4;--mute:#a2a8b3;--line:#363a42;--card:#1c1f24;--good:#6fd49a;--bad:#ff8b96;--warn:#f0c060;--hit:#3fae74;--miss:#363a42}}
 *{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif}
-main{max-width:1180px;margin:0 auto;padding:1.5rem}h1{margin:.2rem 0}h2{margin:2.2rem 0 .6rem}h3{margin:1.4rem 0 .4rem}
+main{max-width:1280px;margin:0 auto;padding:1.2rem}h1{margin:.2rem 0}h2{margin:2.2rem 0 .6rem}h3{margin:1.4rem 0 .4rem}
 p{max-width:75ch}.mute,figcaption,.note{color:var(--mute)}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13.5px;width:100%}
 th,td{padding:.28rem .55rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th:first-child,td:first-child,td.l,th.l{text-align:left}thead th{vertical-align:bottom}
+table.sort{font-size:13px}table.sort th,table.sort td{padding:.28rem .32rem}table.sort th{white-space:normal}
+table.sort th:first-child,table.sort td:first-child{position:sticky;left:0;background:var(--bg)}
 th button{all:unset;cursor:pointer}th button:focus-visible{outline:2px solid currentColor}th[aria-sort=ascending] button::after{content:" ▲"}th[aria-sort=descending] button::after{content:" ▼"}
 .pays{color:var(--good);font-weight:600}.loses{color:var(--bad);font-weight:600}.nogain{color:var(--warn);font-weight:600}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));gap:1rem}figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:6px;padding:.6rem}
@@ -149,10 +151,12 @@ fn figure(svg: &str, caption: &str) -> String {
 /// The page.
 pub fn html(r: &Results) -> String {
     let f = &r.facts;
+    // The description goes on after the name: "name: family, size, …".
+    let name = f.model.split_once(": ").map_or(f.model.as_str(), |(name, _)| name);
     let mut s = format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n<title>Foveal: attention on {}</title>\n<style>{STYLE}</style></head><body><main>\n<h1>Which attention should {} use?</h1>\n",
-        esc(&f.model),
-        esc(&f.model)
+        esc(name),
+        esc(name)
     );
     let lengths: Vec<String> = r.lengths.iter().map(|&l| thousands(l as u64)).collect();
     let _ = writeln!(
@@ -228,14 +232,13 @@ pub fn html(r: &Results) -> String {
         );
     }
     s += "</div></section>\n<section id=\"pareto\"><h2>Quality against time</h2><p class=\"mute\">Lower left is better; the dotted line joins the systems that no other beats on both. The red line is the loss allowed. Beyond 2% the scale is logarithmic.</p><div class=\"charts\">\n";
-    for &l in &r.lengths {
-        let at = format!("{} tokens", thousands(l as u64));
-        if prompt {
-            s += &figure(&svg::pareto_prompt(r, l), &format!("Prompt time, {at}"));
-        }
-        if store {
-            s += &figure(&svg::pareto_decode(r, l), &format!("Decode time, {at}"));
-        }
+    // All prompts, then all steps: a row of pictures shows one thing at every length.
+    let at = |l: usize| format!("{} tokens", thousands(l as u64));
+    for &l in r.lengths.iter().filter(|_| prompt) {
+        s += &figure(&svg::pareto_prompt(r, l), &format!("Prompt time, {}", at(l)));
+    }
+    for &l in r.lengths.iter().filter(|_| store) {
+        s += &figure(&svg::pareto_decode(r, l), &format!("Decode time, {}", at(l)));
     }
     s += "</div></section>\n<section id=\"bytes\"><h2>Quality against KV bytes</h2><div class=\"charts\">\n";
     if store {
@@ -362,6 +365,11 @@ mod tests {
         assert!(page.contains("A paper on think &lt;&amp;&gt;") && !page.contains("<&>"));
         assert!(page.contains("A note with &lt;angle&gt; &amp; &quot;quotes&quot;"));
         assert!(page.contains("foveal compare --seed 7"));
+        let mut r = results();
+        r.facts.model = "Some-1B.Q4_0: llama 1B parameters".into();
+        let page = html(&r);
+        assert!(page.contains("<h1>Which attention should Some-1B.Q4_0 use?</h1>"));
+        assert!(page.contains("<dd>Some-1B.Q4_0: llama 1B parameters</dd>"));
         assert!(!page.replace(SCRIPT, "").contains("NaN"));
     }
 

@@ -79,6 +79,12 @@ const H: f64 = 380.0;
 const LEFT: f64 = 64.0;
 const BOTTOM: f64 = 48.0;
 
+/// A tick's number: three digits as [`num`], without zeros that say nothing.
+fn tick(x: f64) -> String {
+    let s = num(x);
+    if s.contains('.') && !s.contains('e') { s.trim_end_matches('0').trim_end_matches('.').into() } else { s }
+}
+
 fn open(title: &str, w: f64, h: f64) -> String {
     format!("<svg viewBox=\"0 0 {w} {h}\" role=\"img\" aria-label=\"{0}\"><title>{0}</title>\n", esc(title))
 }
@@ -104,7 +110,7 @@ fn frame(s: &mut String, x: &Axis, y: &Axis, xl: &str, yl: &str, tick_x: &dyn Fn
             x.to,
             x.from - 6.0,
             p + 4.0,
-            num(t)
+            tick(t)
         );
     }
     let _ = writeln!(
@@ -242,7 +248,7 @@ fn scatter(r: &Results, length: usize, title: &str, xl: &str, pick: &dyn Fn(Role
             y.from,
             y.to,
             y.from + 16.0,
-            num(t)
+            tick(t)
         );
     }
     for t in [-50.0, -10.0, -5.0, -2.0, 0.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 500.0, 1000.0, 10_000.0] {
@@ -252,11 +258,12 @@ fn scatter(r: &Results, length: usize, title: &str, xl: &str, pick: &dyn Fn(Role
             let class = if t == 2.0 { "limit" } else { "grid" };
             let _ = writeln!(
                 s,
-                "<line class=\"{class}\" x1=\"{:.1}\" x2=\"{:.1}\" y1=\"{p:.1}\" y2=\"{p:.1}\"/><text class=\"tick\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{t:+}%</text>",
+                "<line class=\"{class}\" x1=\"{:.1}\" x2=\"{:.1}\" y1=\"{p:.1}\" y2=\"{p:.1}\"/><text class=\"tick\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
                 x.from,
                 x.to,
                 x.from - 6.0,
-                p + 4.0
+                p + 4.0,
+                if t == 0.0 { "0%".into() } else { format!("{t:+}%") }
             );
         }
     }
