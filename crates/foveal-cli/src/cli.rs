@@ -190,19 +190,19 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub max_tokens: usize,
     /// Randomness of the choice; 0 always takes the likeliest token
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, default_value_t = 0.0)]
     pub temperature: f32,
     /// Choose among the likeliest tokens that hold this share of the probability
-    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, default_value_t = 1.0)]
     pub top_p: f32,
     /// Choose among this many likeliest tokens; 0 is all
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub top_k: usize,
     /// Drop tokens less likely than this share of the likeliest one
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, default_value_t = 0.0)]
     pub min_p: f32,
     /// Factor against repeating tokens; 1 is none
-    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, default_value_t = 1.0)]
     pub repetition_penalty: f32,
     /// Seed of the choice
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -274,10 +274,10 @@ pub struct PlanArgs {
     #[arg(long, value_name = "N", default_value_t = 2048)]
     pub length: usize,
     /// Cost that each head may have, as a share of dense attention
-    #[arg(long, value_name = "X", default_value_t = 0.3)]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, default_value_t = 0.3)]
     pub budget: f64,
     /// Largest relative error of the attention output; heads whose every pattern is worse stay dense
-    #[arg(long, value_name = "X", default_value_t = 0.5)]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, default_value_t = 0.5)]
     pub max_error: f64,
     /// Calibration text, UTF-8 [default: the King James Bible, fetched once]
     #[arg(long, value_name = "FILE")]
@@ -315,7 +315,7 @@ pub struct BenchOpsArgs {
     #[arg(long)]
     pub all_isas: bool,
     /// Repeat each call for about this many seconds
-    #[arg(long, value_name = "X", default_value_t = 0.3)]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, default_value_t = 0.3)]
     pub seconds: f64,
     /// Seed of the operands
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -433,7 +433,7 @@ pub struct ApplyArgs {
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     pub causal: bool,
     /// Factor on q·k [default: 1/√D]
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub scale: Option<f32>,
 }
 

@@ -66,6 +66,7 @@ fn remedy(e: &io::Error) -> &'static str {
         io::ErrorKind::NotFound => "; check the spelling",
         io::ErrorKind::PermissionDenied => "; check the permissions",
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "; free some space or choose another disk",
+        io::ErrorKind::FileTooLarge => "; raise the limit on file sizes (ulimit -f) or choose another disk",
         io::ErrorKind::IsADirectory => "; give a file, not a folder",
         _ => "",
     }

@@ -252,7 +252,7 @@ fn evaluates_and_plans() {
     for part in ["8 of 8 heads stay dense", "Raise --budget", "--length", "0: 0 1 2 3; 1: 0 1 2 3"] {
         assert!(warned.contains(part), "{part} is missing from {warned}");
     }
-    assert!(fails(dir.path(), &["plan", "m", "--max-error=-1"]).contains("--max-error"));
+    assert!(fails(dir.path(), &["plan", "m", "--max-error", "-1"]).contains("--max-error"));
     let ppl = |more: &[&str]| -> f64 {
         let args: Vec<&str> =
             ["eval", "ppl", "m", "--text", "text", "--length", "512", "--json"].iter().chain(more).copied().collect();
@@ -270,7 +270,87 @@ fn times_the_primitives() {
     let args = ["bench", "ops", "--filter", "attend", "--tokens", "64", "--seconds", "0", "--format", "json"];
     let rows: Value = serde_json::from_str(&ok(dir.path(), &args)).unwrap();
     assert!(rows.as_array().unwrap().iter().all(|r| r["median_ms"].as_f64().unwrap() > 0.0));
+    let e = fails(dir.path(), &["bench", "ops", "--tokens", "1048576", "--head-dim", "1000000", "--quiet"]);
+    assert!(e.contains("more than 8 GiB"), "{e}");
     assert!(fails(dir.path(), &["bench", "ops", "--filter", "no such op", "--quiet"]).contains("matches no operation"));
+}
+
+/// The names in a folder, in order.
+fn left_in(dir: &Path) -> Vec<String> {
+    let names = std::fs::read_dir(dir).unwrap().flatten().map(|e| e.file_name().to_string_lossy().into_owned());
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    names
+}
+
+/// A limit on the size of files fails the same writes that a full disk does.
+#[cfg(unix)]
+#[test]
+fn without_room_nothing_is_half_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |n: &str| dir.path().join(n);
+    tiny_model(&at("m"));
+    std::fs::write(at("text"), text(400)).unwrap();
+    let limited = |args: &[&str]| {
+        // The signal that comes with the limit is ignored, so that the write itself returns the error.
+        let script = r#"trap '' XFSZ; ulimit -f 8; exec "$0" "$@""#;
+        let o = std::process::Command::new("sh")
+            .args(["-c", script, env!("CARGO_BIN_EXE_foveal")])
+            .args(args)
+            .current_dir(dir.path())
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let err = String::from_utf8(o.stderr).unwrap();
+        assert_eq!(o.status.code(), Some(1), "{args:?}: {err}");
+        assert!(err.starts_with("error: ") && err.lines().count() == 1, "{args:?}: {err}");
+        assert!(err.contains("cannot write"), "{args:?}: {err}");
+        assert_eq!(left_in(dir.path()), ["in", "m", "text"], "{args:?}");
+        (String::from_utf8(o.stdout).unwrap(), err)
+    };
+    let data = vec![0u8; 4 * 4096];
+    let one = || TensorView::new(Dtype::F32, vec![1, 1, 64, 64], &data).unwrap();
+    std::fs::write(at("in"), safetensors::serialize([("q", one()), ("k", one()), ("v", one())], None).unwrap())
+        .unwrap();
+    let (told, e) = limited(&["apply", "moba", "--in", "in", "--out", "out", "--quiet"]);
+    assert!(told.is_empty() && e.contains("out: "), "{told} {e}");
+    let compare = "compare m --text text --lengths 256 --prefill moba --trials 0 --out r --quiet";
+    let (told, e) = limited(&compare.split(' ').collect::<Vec<_>>());
+    assert!(told.contains("moba"), "what was measured is shown all the same: {told}");
+    assert!(e.contains("r."), "{e}");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_standard_output_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let o = foveal(dir.path()).arg("list").stdout(full).output().unwrap();
+    let err = String::from_utf8_lossy(&o.stderr);
+    assert_eq!(o.status.code(), Some(1), "{err}");
+    assert!(err.contains("cannot write to standard output") && err.lines().count() == 1, "{err}");
+}
+
+#[test]
+fn without_a_network_pull_is_one_clear_line() {
+    let dir = tempfile::tempdir().unwrap();
+    // Port 9 of this machine: nobody listens, so the connection is refused at once.
+    let o = foveal(dir.path())
+        .args(["pull", "kjv", "--quiet"])
+        .env("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+        .env("PIP_CONFIG_FILE", if cfg!(windows) { "nul" } else { "/dev/null" })
+        .env("NO_PROXY", "*")
+        .env_remove("PIP_EXTRA_INDEX_URL")
+        .env_remove("PIP_FIND_LINKS")
+        .output()
+        .unwrap();
+    let err = String::from_utf8_lossy(&o.stderr);
+    assert_eq!(o.status.code(), Some(1), "{err}");
+    assert!(o.stdout.is_empty() && err.lines().count() == 1, "{err}");
+    assert!(err.contains("cannot fetch `bible-cli") && err.contains("or give a local path"), "{err}");
+    if dir.path().join("cache").exists() {
+        assert!(left_in(&dir.path().join("cache")).is_empty(), "nothing half-fetched");
+    }
 }
 
 /// Ctrl-C in the middle of a comparison: exit code 130, no report, nothing temporary left.
@@ -312,11 +392,5 @@ fn interruption_leaves_no_files() {
     let status = child.wait().unwrap();
     assert_eq!(status.code(), Some(130), "{rest}");
     assert!(rest.contains("error: interrupted"), "{rest}");
-    let mut left: Vec<String> = std::fs::read_dir(dir.path())
-        .unwrap()
-        .flatten()
-        .map(|e| e.file_name().to_string_lossy().into_owned())
-        .collect();
-    left.sort();
-    assert_eq!(left, ["m", "text"]);
+    assert_eq!(left_in(dir.path()), ["m", "text"]);
 }

@@ -89,6 +89,9 @@ impl Default for BenchOptions {
     }
 }
 
+/// Bytes that the operands of one sweep may take.
+const MEMORY: usize = 8 << 30;
+
 struct Bench<'a> {
     o: &'a BenchOptions,
     isa: Isa,
@@ -156,15 +159,29 @@ fn narrow(x: &[f32]) -> Vec<bf16> {
 /// # Errors
 /// Head counts that do not divide, a kernel's refusal, cancellation.
 pub fn ops(o: &BenchOptions, cancel: Option<&AtomicBool>, on_row: &mut dyn FnMut(&OpRow)) -> Result<Vec<OpRow>> {
-    if o.kv_heads == 0 || !o.heads.is_multiple_of(o.kv_heads) || o.head_dim == 0 {
+    if o.head_dim == 0 {
+        return Err(LabError::Setting { name: "head_dim", value: "0".into(), remedy: "use at least 1".into() });
+    }
+    if o.heads == 0 || o.kv_heads == 0 || !o.heads.is_multiple_of(o.kv_heads) {
         return Err(LabError::Setting {
             name: "heads",
             value: format!("{} query heads, {} key/value heads of {}", o.heads, o.kv_heads, o.head_dim),
-            remedy: "query heads must be a multiple of the key/value heads".into(),
+            remedy: "use at least one of each, query heads a multiple of the key/value heads".into(),
         });
     }
     if let Some(&t) = o.tokens.iter().find(|&&t| t == 0 || t > 1 << 20) {
         return Err(LabError::Length { length: t, problem: "use 1 to 1,048,576 tokens".into() });
+    }
+    // q, out and a narrow q a query head; k and v in all their formats a key/value head; all in bytes.
+    let longest = o.tokens.iter().copied().max().unwrap_or(0);
+    let channels = o.heads.checked_mul(10).and_then(|h| h.checked_add(o.kv_heads.checked_mul(20)?));
+    let bytes = channels.and_then(|c| c.checked_mul(o.head_dim)?.checked_mul(longest));
+    if bytes.is_none_or(|b| b > MEMORY) {
+        return Err(LabError::Setting {
+            name: "tokens x heads x head_dim",
+            value: format!("{longest} x ({} query, {} key/value) x {}", o.heads, o.kv_heads, o.head_dim),
+            remedy: format!("the operands would take more than {} GiB; use smaller ones", MEMORY >> 30),
+        });
     }
     let mut rows = Vec::new();
     let isas = if o.isas.is_empty() { vec![Isa::active()] } else { o.isas.clone() };
@@ -497,6 +514,14 @@ mod tests {
         assert!(ops(&o, None, &mut |_| {}).unwrap().iter().all(|r| r.op == "merge"));
         assert!(ops(&BenchOptions { kv_heads: 2, ..o.clone() }, None, &mut |_| {}).is_err());
         assert!(ops(&BenchOptions { tokens: vec![0], ..o.clone() }, None, &mut |_| {}).is_err());
+        for bad in [
+            BenchOptions { heads: 0, ..o.clone() },
+            BenchOptions { head_dim: 0, ..o.clone() },
+            BenchOptions { head_dim: usize::MAX / 2, ..o.clone() },
+            BenchOptions { tokens: vec![1 << 20], heads: 300, ..o.clone() },
+        ] {
+            assert!(matches!(ops(&bad, None, &mut |_| {}), Err(LabError::Setting { .. })), "{bad:?}");
+        }
         let stop = AtomicBool::new(true);
         assert!(matches!(ops(&o, Some(&stop), &mut |_| {}), Err(LabError::Cancelled)));
     }

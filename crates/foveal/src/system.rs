@@ -258,6 +258,18 @@ pub fn params_of<C: Config>() -> Vec<ParamDoc> {
         .collect()
 }
 
+/// serde's words without the names of Rust's types.
+fn plain(message: &str) -> String {
+    let Some((found, wanted)) = message.rsplit_once("expected ") else { return message.into() };
+    let wanted = match wanted {
+        "usize" | "u64" | "u32" => "a whole number of 0 or more",
+        "f64" | "f32" => "a number",
+        "a boolean" => "true or false",
+        other => other,
+    };
+    format!("{found}expected {wanted}")
+}
+
 /// Defaults overridden by `params`, validated.
 pub fn configure<C: Config>(system: &str, params: &Params) -> Result<C> {
     let known: Vec<&str> = C::DOCS.iter().map(|d| d.0).collect();
@@ -284,7 +296,10 @@ pub fn configure<C: Config>(system: &str, params: &Params) -> Result<C> {
         };
         one.insert(name.clone(), value.clone());
         if let Err(e) = serde_json::from_value::<C>(Value::Object(one)) {
-            return Err(Error::Param { system: system.into(), message: format!("{name} = {value}: {e}") });
+            return Err(Error::Param {
+                system: system.into(),
+                message: format!("{name} = {value}: {}", plain(&e.to_string())),
+            });
         }
     }
     let c: C = serde_json::from_value(Value::Object(all))

@@ -74,7 +74,8 @@ pub fn run(a: &CompareArgs, ctx: &Context, out: &mut dyn Write) -> Result {
     drop(progress);
     // A folder gets the usual names inside it.
     let prefix = if a.out.is_dir() { a.out.join("foveal-report") } else { a.out.clone() };
-    let written = report::write_all(&results, &prefix)?;
+    // Minutes of measuring are shown even if the report finds no room.
+    let written = report::write_all(&results, &prefix);
     if a.json {
         write!(out, "{}", report::json(&results)?)?;
     } else {
@@ -85,6 +86,7 @@ pub fn run(a: &CompareArgs, ctx: &Context, out: &mut dyn Write) -> Result {
         let peak = results.peak_bytes.map(|b| format!(", peak memory {}", size(b))).unwrap_or_default();
         writeln!(out, "\nmeasured in {:.0} s{peak}", results.seconds)?;
     }
+    let written = written?;
     ctx.remark(&format!("wrote {}, {} and {}", written.html.display(), written.json.display(), written.csv.display()));
     Ok(())
 }

@@ -10,14 +10,16 @@ use serde_json::json;
 use std::io::Write;
 
 pub fn run(a: &ShowArgs, out: &mut dyn Write) -> Result {
-    let entry = registry::catalogue().iter().find(|e| e.id == a.id);
-    let card = match registry::find(&a.id) {
+    // A system as it is written elsewhere, parameters and all, shows the system.
+    let id = a.id.split_once(':').map_or(a.id.as_str(), |(id, _)| id);
+    let entry = registry::catalogue().iter().find(|e| e.id == id);
+    let card = match registry::find(id) {
         Ok(card) => Some(card),
         Err(foveal::Error::NotBuilt { .. }) => None,
         Err(e) => return Err(e.into()),
     };
     if a.json {
-        return print_json(out, &as_json(&a.id, entry, card));
+        return print_json(out, &as_json(id, entry, card));
     }
     match card {
         Some(c) => text(out, c)?,

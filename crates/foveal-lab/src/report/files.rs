@@ -16,30 +16,48 @@ pub struct Written {
     pub csv: PathBuf,
 }
 
+/// A file written under a temporary name beside its place.
+struct Staged {
+    file: tempfile::NamedTempFile,
+    path: PathBuf,
+}
+
+impl Staged {
+    fn write(path: &Path, text: &[u8]) -> Result<Self> {
+        let io = |source| LabError::Io { path: path.into(), action: "write", source };
+        let dir = match path.parent() {
+            Some(d) if !d.as_os_str().is_empty() => d,
+            _ => Path::new("."),
+        };
+        let mut file = tempfile::Builder::new().prefix(".foveal-").tempfile_in(dir).map_err(io)?;
+        file.write_all(text).map_err(io)?;
+        #[cfg(unix)]
+        {
+            // A temporary file is private; a report is for everybody who may read the folder.
+            use std::os::unix::fs::PermissionsExt;
+            file.as_file().set_permissions(std::fs::Permissions::from_mode(0o644)).map_err(io)?;
+        }
+        file.as_file().sync_all().map_err(io)?;
+        Ok(Self { file, path: path.into() })
+    }
+
+    fn place(self) -> Result<()> {
+        let path = self.path;
+        self.file.persist(&path).map_err(|e| LabError::Io { path, action: "write", source: e.error })?;
+        Ok(())
+    }
+}
+
 /// Write `text` to `path`: a reader sees the old file or the whole new one, never a part.
 ///
 /// # Errors
 /// The folder cannot be written to or is full; nothing is left behind then.
 pub fn write_file(path: &Path, text: &[u8]) -> Result<()> {
-    let io = |source| LabError::Io { path: path.into(), action: "write", source };
-    let dir = match path.parent() {
-        Some(d) if !d.as_os_str().is_empty() => d,
-        _ => Path::new("."),
-    };
-    let mut f = tempfile::Builder::new().prefix(".foveal-").tempfile_in(dir).map_err(io)?;
-    f.write_all(text).map_err(io)?;
-    #[cfg(unix)]
-    {
-        // A temporary file is private; a report is for everybody who may read the folder.
-        use std::os::unix::fs::PermissionsExt;
-        f.as_file().set_permissions(std::fs::Permissions::from_mode(0o644)).map_err(io)?;
-    }
-    f.as_file().sync_all().map_err(io)?;
-    f.persist(path).map_err(|e| io(e.error))?;
-    Ok(())
+    Staged::write(path, text)?.place()
 }
 
-/// Write `<stem>.html`, `.json` and `.csv` (default stem `foveal-report` in the working folder).
+/// Write `<stem>.html`, `.json` and `.csv` (default stem `foveal-report` in the working folder):
+/// all of them, or none if there is no room for all.
 ///
 /// # Errors
 /// As [`write_file`].
@@ -50,9 +68,12 @@ pub fn write_all(r: &Results, stem: &Path) -> Result<Written> {
         PathBuf::from(s)
     };
     let w = Written { html: with(".html"), json: with(".json"), csv: with(".csv") };
-    write_file(&w.json, super::json(r)?.as_bytes())?;
-    write_file(&w.csv, super::csv(r).as_bytes())?;
-    write_file(&w.html, super::html(r).as_bytes())?;
+    let staged = [
+        Staged::write(&w.json, super::json(r)?.as_bytes())?,
+        Staged::write(&w.csv, super::csv(r).as_bytes())?,
+        Staged::write(&w.html, super::html(r).as_bytes())?,
+    ];
+    staged.into_iter().try_for_each(Staged::place)?;
     Ok(w)
 }
 
