@@ -91,7 +91,7 @@ def main():
     parser = common.arguments(argparse.ArgumentParser(description=__doc__.splitlines()[0]), repeats=9)
     a = parser.parse_args()
     torch.set_grad_enabled(False)
-    turns = common.Turns(a.lock)
+    turns = common.Turns(a.lock, a.hold)
     own = Partner([a.bin / "examples" / "peer"], {"RAYON_NUM_THREADS": str(a.threads)})
     rows = products(a.threads, a.repeats, turns) + memory(own, a.threads, a.repeats, turns)
     result = {

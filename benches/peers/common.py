@@ -62,7 +62,7 @@ class Turns:
     """An advisory lock on a file, held while something is timed, so that several who measure on one
     machine take turns. Once held for `hold` seconds it is let go between two units of work."""
 
-    def __init__(self, path, hold=45.0):
+    def __init__(self, path, hold):
         self.file = open(path, "a") if path else None
         self.hold = hold
         self.since = None
@@ -155,4 +155,5 @@ def arguments(parser, repeats):
     parser.add_argument("--bin", type=pathlib.Path, default=ROOT / "target" / "release", help="folder of the built binaries")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures here")
     parser.add_argument("--lock", type=pathlib.Path, help="hold an advisory lock on this file while timing")
+    parser.add_argument("--hold", type=float, default=45, help="seconds after which the lock is let go for others")
     return parser

@@ -103,7 +103,7 @@ def main():
     parser.add_argument("--depth", type=numbers, default=[0, 2048, 7900])
     parser.add_argument("--steps", type=int, default=32, help="decode steps timed together")
     a = parser.parse_args()
-    turns = common.Turns(a.lock)
+    turns = common.Turns(a.lock, a.hold)
     threads = f"threads={a.threads}"
     here = pathlib.Path(__file__).parent
 

@@ -68,7 +68,7 @@ def main():
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     torch.set_grad_enabled(False)
-    turns = common.Turns(a.lock)
+    turns = common.Turns(a.lock, a.hold)
     own = Partner([a.bin / "examples" / "peer"], {"RAYON_NUM_THREADS": str(a.threads)})
     rows = measure(own, a.repeats, turns, a.types)
     turns.release()
