@@ -297,7 +297,7 @@ fn bench_model_times_prompts_and_steps() {
     assert!(fails(dir.path(), &[&args[..9], &["--repeats", "0"]].concat()).contains("--repeats 0"));
     std::fs::write(at("short"), "few words").unwrap();
     let short = at("short").display().to_string();
-    assert!(fails(dir.path(), &[&args[..], &["--text", &short]].concat()).contains("longer text"));
+    assert!(fails(dir.path(), &[&args[..], &["--text", &short, "--quiet"]].concat()).contains("longer text"));
 
     let mut child = foveal(dir.path())
         .args(["bench", "model", &model, "--serve", "--quiet"])
