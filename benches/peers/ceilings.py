@@ -104,8 +104,7 @@ def main():
     turns.release()
     own.close()
     print(render.ceilings(result))
-    if a.json:
-        common.write_json(a.json, result)
+    common.save(a.json, result)
 
 
 if __name__ == "__main__":

@@ -144,6 +144,12 @@ def write_json(path, value):
     temporary.replace(path)
 
 
+def save(path, value):
+    """As `write_json`, where a path was given."""
+    if path:
+        write_json(path, value)
+
+
 def say(text):
     print(text, file=sys.stderr, flush=True)
 

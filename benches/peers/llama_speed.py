@@ -70,8 +70,8 @@ class Side:
         return best, [s for s in among if rates[s] >= KEEP * rates[best]], rates
 
 
-def measure(ours, theirs, requests, repeats, turns):
-    rows = []
+def measure(ours, theirs, requests, repeats, turns, rows, save):
+    """Appends to `rows` and calls `save` after each, so that an interrupted run keeps what it has."""
     left = {}
     for kind, label, request in requests:
         say(label)
@@ -92,7 +92,7 @@ def measure(ours, theirs, requests, repeats, turns):
         row |= common.versus(a, b, higher_is_better=True) | {"trials": {"ours": trials[0], "theirs": trials[1]}}
         say(f"  ours {common.spread(row['ours'])}, theirs {common.spread(row['theirs'])}, ratio {row['ratio']:.2f}")
         rows.append(row)
-    return rows
+        save()
 
 
 def main():
@@ -132,22 +132,20 @@ def main():
             theirs = Side("llama.cpp", THEIRS, peer(0))
     requests = [("prefill", f"prefill {n}", {"prefill": {"tokens": n}}) for n in a.prompt]
     requests += [("decode", f"decode at {d}", {"decode": {"depth": d, "steps": a.steps}}) for d in a.depth]
-    rows = measure(ours, theirs, requests, a.repeats, turns)
-    turns.release()
     result = {
         "machine": common.machine(a.threads),
         "model": a.model.name,
         "ours": next(iter(ours.partners.values())).about["version"],
         "theirs": next(iter(theirs.partners.values())).about | {"repacked_weights": bool(repack)},
         "steps": a.steps,
-        "rows": rows,
+        "rows": [],
     }
+    measure(ours, theirs, requests, a.repeats, turns, result["rows"], lambda: common.save(a.json, result))
+    turns.release()
     for side in (ours, theirs):
         for p in side.partners.values():
             p.close()
     print(render.llama_speed(result))
-    if a.json:
-        common.write_json(a.json, result)
 
 
 if __name__ == "__main__":

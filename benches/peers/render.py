@@ -77,6 +77,8 @@ All of it again: `python benches/peers/run_all.py MODEL.gguf`, and one part with
 def section(title, command, result, text):
     m = result["machine"]
     where = f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {', '.join(m['isa'])}; {m['date']}"
+    rounds = [r.get("rate", r.get("ours"))["repeats"] for r in result["rows"]]
+    where += f"; medians of {min(rounds)} rounds" if rounds else ""
     return f"\n## {title}\n\n`{command}`\n\n{where}\n\n{text}"
 
 

@@ -33,8 +33,8 @@ def peer(shape, dtype, causal):
     return call
 
 
-def measure(own, repeats, turns, types):
-    rows = []
+def measure(own, repeats, turns, types, rows, save):
+    """Appends to `rows` and calls `save` after each, so that an interrupted run keeps what it has."""
     for dtype in types:
         for shape in SHAPES:
             for causal in (False, True):
@@ -59,7 +59,7 @@ def measure(own, repeats, turns, types):
                 rows.append(row)
                 say(f"{dtype} {row['what']}: ours {common.spread(row['ours'])} ms, "
                     f"theirs {common.spread(row['theirs'])} ms, ratio {row['ratio']:.2f}")
-    return rows
+                save()
 
 
 def main():
@@ -70,18 +70,16 @@ def main():
     torch.set_grad_enabled(False)
     turns = common.Turns(a.lock, a.hold)
     own = Partner([a.bin / "examples" / "peer"], {"RAYON_NUM_THREADS": str(a.threads)})
-    rows = measure(own, a.repeats, turns, a.types)
-    turns.release()
-    own.close()
     result = {
         "machine": common.machine(a.threads),
         "ours": own.about,
         "theirs": {"version": torch.__version__.split("+")[0], "capability": torch.backends.cpu.get_cpu_capability()},
-        "rows": rows,
+        "rows": [],
     }
+    measure(own, a.repeats, turns, a.types, result["rows"], lambda: common.save(a.json, result))
+    turns.release()
+    own.close()
     print(render.sdpa(result))
-    if a.json:
-        common.write_json(a.json, result)
 
 
 if __name__ == "__main__":
