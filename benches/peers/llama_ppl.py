@@ -1,61 +1,40 @@
 """Perplexity of the first tokens of a text under llama.cpp, to hold against `Model::nll`.
 
-    python benches/peers/llama_ppl.py MODEL.gguf TEXT [TOKENS=2048]
+    python benches/peers/llama_ppl.py MODEL.gguf TEXT [TOKENS=2048] [repack=1]
 
-Needs the package `llama-cpp-python`. The text's first TOKENS tokens run as one context (flash
+Needs the packages of requirements.txt. The text's first TOKENS tokens run as one context (flash
 attention off, f32 K/V); the perplexity is over tokens 1.. given all before. Prints one JSON line.
+`repack=0` reads the weights as stored; llama.py says when that is needed.
 """
 
 import json
 import sys
 import time
 
-import llama_cpp
 import numpy as np
 
-
-def without_repacking():
-    """Weights as stored: the AMX path of release 0.3.36 executes tile loads on threads whose tiles
-    it has not configured, and dies with an illegal instruction."""
-    defaults = llama_cpp.llama_model_default_params
-
-    def params():
-        p = defaults()
-        p.use_extra_bufts = False
-        return p
-
-    llama_cpp.llama_cpp.llama_model_default_params = params
-    llama_cpp.llama_model_default_params = params
+from llama import Llama
 
 
-def main(model, text, tokens=2048):
-    without_repacking()
-    llama = llama_cpp.Llama(
-        model,
-        n_ctx=tokens,
-        n_batch=512,
-        n_threads=2,
-        n_threads_batch=2,
-        logits_all=True,
-        type_k=llama_cpp.GGML_TYPE_F32,
-        type_v=llama_cpp.GGML_TYPE_F32,
-        verbose=False,
-    )
+def main(model, text, tokens=2048, repack=True):
+    llama = Llama(model, flash=False, kv="f32", ubatch=512, repack=repack)
     raw = open(text, "rb").read()[: 16 * tokens]
-    ids = llama.tokenize(raw.decode("utf-8", "ignore").encode(), add_bos=False, special=False)[:tokens]
+    ids = llama.tokenize(raw.decode("utf-8", "ignore"))[:tokens]
     begin = time.perf_counter()
-    llama.eval(ids)
-    seconds = time.perf_counter() - begin
     nll = 0.0
-    for i in range(len(ids) - 1):
-        row = np.asarray(llama.scores[i], np.float64)
+    for row, target in zip(llama.all_logits(ids), ids[1:] + [None]):
+        if target is None:
+            break
+        row = np.asarray(row, np.float64)
         top = row.max()
-        nll += top + np.log(np.exp(row - top).sum()) - row[ids[i + 1]]
+        nll += top + np.log(np.exp(row - top).sum()) - row[target]
     ppl = float(np.exp(nll / (len(ids) - 1)))
+    seconds = time.perf_counter() - begin
     print(json.dumps({"tokens": len(ids), "perplexity": round(ppl, 4), "seconds": round(seconds, 3), "first_ids": ids[:8]}))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4):
+    args = [a for a in sys.argv[1:] if not a.startswith("repack=")]
+    if len(args) not in (2, 3):
         sys.exit(__doc__)
-    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
+    main(args[0], args[1], *map(int, args[2:]), repack="repack=0" not in sys.argv)

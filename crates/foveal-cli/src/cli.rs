@@ -288,6 +288,49 @@ pub struct PlanArgs {
 #[derive(Subcommand)]
 pub enum BenchCommand {
     Ops(BenchOpsArgs),
+    Model(BenchModelArgs),
+}
+
+/// Time a whole model: tokens a second of prompts and of decoding after long prompts
+///
+/// Goes round all prompts and depths once to warm up and then --repeats times, and prints the median,
+/// the slowest and the fastest. A prompt counts from nothing to the logits of its last token with
+/// the stores filled; a decode step to the logits of its token. Prompts are made-up tokens unless
+/// --text is given.
+///
+/// With --serve it times on request instead, so that another program can take turns with it: each line
+/// of standard input is {"prefill":{"tokens":N}} or {"decode":{"depth":N,"steps":N}}, each answer a
+/// line of JSON with tokens, seconds, attention_seconds and tokens_per_second, or error.
+#[derive(Args)]
+pub struct BenchModelArgs {
+    /// Known name, GGUF file, or folder with config.json and *.safetensors
+    #[arg(default_value = DEFAULT_MODEL)]
+    pub model: String,
+    #[command(flatten)]
+    pub load: LoadArgs,
+    #[command(flatten)]
+    pub choice: ChoiceArgs,
+    /// Prompt lengths in tokens
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "512,2048")]
+    pub prompt: Vec<usize>,
+    /// Tokens before the decode steps; 0 is an empty start
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "0,2048")]
+    pub depth: Vec<usize>,
+    /// Decode steps timed together
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub steps: usize,
+    /// Timings of each prompt and depth
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    pub repeats: usize,
+    /// Text to read, UTF-8 [default: made-up tokens]
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+    /// Also write the rows, and what they were measured with, to a JSON file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Answer requests on standard input
+    #[arg(long, conflicts_with_all = ["prompt", "depth", "steps", "repeats", "json"])]
+    pub serve: bool,
 }
 
 /// Time every primitive over a sweep of shapes

@@ -353,6 +353,54 @@ fn without_a_network_pull_is_one_clear_line() {
     }
 }
 
+/// Speed of a whole model: a table, a JSON file, and answers on request.
+#[test]
+fn bench_model_times_prompts_and_steps() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |n: &str| dir.path().join(n);
+    tiny_model(&at("m"));
+    let model = at("m").display().to_string();
+    let file = at("speed.json").display().to_string();
+    let args = ["bench", "model", &model, "--prompt", "40", "--depth", "0,24", "--steps", "3", "--repeats", "2"];
+    let table = ok(dir.path(), &[&args[..], &["--json", &file]].concat());
+    assert_eq!(table.lines().count(), 5, "{table}");
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows[0]["request"], json!({"prefill": {"tokens": 40}}));
+    assert_eq!(rows[2]["request"], json!({"decode": {"depth": 24, "steps": 3}}));
+    for r in rows {
+        let rate = |key: &str| r[key].as_f64().unwrap();
+        assert!(
+            r["repeats"] == 2 && 0.0 < rate("min") && rate("min") <= rate("median") && rate("median") <= rate("max")
+        );
+    }
+    assert!(fails(dir.path(), &[&args[..9], &["--repeats", "0"]].concat()).contains("--repeats 0"));
+    std::fs::write(at("short"), "few words").unwrap();
+    let short = at("short").display().to_string();
+    assert!(fails(dir.path(), &[&args[..], &["--text", &short, "--quiet"]].concat()).contains("longer text"));
+
+    let mut child = foveal(dir.path())
+        .args(["bench", "model", &model, "--serve", "--quiet"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = child.stdin.take().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut next = || serde_json::from_str::<Value>(&lines.next().unwrap().unwrap()).unwrap();
+    assert_eq!(next()["weights"], "bf16");
+    writeln!(input, r#"{{"prefill":{{"tokens":8}}}}"#).unwrap();
+    assert_eq!(next()["tokens"], 8);
+    writeln!(input, r#"{{"decode":{{"depth":8,"steps":0}}}}"#).unwrap();
+    assert!(next()["error"].as_str().unwrap().contains("length 0"));
+    writeln!(input, "prefill 8").unwrap();
+    assert!(next()["error"].as_str().unwrap().contains("prefill 8"));
+    writeln!(input, r#"{{"decode":{{"depth":8,"steps":2}}}}"#).unwrap();
+    assert_eq!(next()["tokens"], 2);
+    drop(input);
+    assert!(child.wait().unwrap().success());
+}
+
 /// Ctrl-C in the middle of a comparison: exit code 130, no report, nothing temporary left.
 #[cfg(unix)]
 #[test]

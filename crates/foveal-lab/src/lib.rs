@@ -8,6 +8,7 @@ pub mod error;
 pub mod eval;
 pub mod facts;
 pub mod maps;
+pub mod model_bench;
 pub mod needle;
 pub mod ppl;
 pub mod report;

@@ -1,14 +1,21 @@
 //! `foveal bench`.
 
 use crate::Context;
-use crate::cli::{BenchOpsArgs, Format};
+use crate::cli::{BenchModelArgs, BenchOpsArgs, Format};
 use crate::error::{CliError, Result};
 use crate::progress::Progress;
+use crate::{files, models};
 use foveal_kernels::Isa;
 use foveal_lab::bench::{self, BenchOptions};
-use std::io::Write;
+use foveal_lab::model_bench::{self, MAX_TOKENS, ModelBench, Request};
+use foveal_llm::PrefillOptions;
+use serde_json::{Value, json};
+use std::io::{BufRead, Write};
 
-pub fn run(a: &BenchOpsArgs, ctx: &Context, out: &mut dyn Write) -> Result {
+/// Tokens of a text that requests over --serve may reach into.
+const SERVED_TEXT: usize = 1 << 16;
+
+pub fn ops(a: &BenchOpsArgs, ctx: &Context, out: &mut dyn Write) -> Result {
     if !(a.seconds >= 0.0 && a.seconds <= 60.0) {
         return Err(CliError::Arguments(format!("--seconds {}: give a number from 0 to 60", a.seconds)));
     }
@@ -36,6 +43,81 @@ pub fn run(a: &BenchOpsArgs, ctx: &Context, out: &mut dyn Write) -> Result {
         Format::Json => super::print_json(out, &rows)?,
         Format::Csv => write!(out, "{}", bench::csv(&rows))?,
         Format::Markdown => write!(out, "{}", bench::markdown(&rows))?,
+    }
+    Ok(())
+}
+
+pub fn model(a: &BenchModelArgs, ctx: &Context, out: &mut dyn Write) -> Result {
+    if !a.serve && a.repeats == 0 {
+        return Err(CliError::Arguments("--repeats 0: give at least 1".into()));
+    }
+    let prompts = a.prompt.iter().map(|&tokens| Request::Prefill { tokens });
+    let depths = a.depth.iter().map(|&depth| Request::Decode { depth, steps: a.steps });
+    let requests: Vec<Request> = prompts.chain(depths).collect();
+    let longest = a.prompt.iter().chain(&a.depth).copied().max().unwrap_or(0);
+    if let Some(n) = (!a.serve).then_some(longest.max(a.steps)).filter(|&n| n > MAX_TOKENS) {
+        return Err(CliError::Arguments(format!("{n} tokens: give at most {MAX_TOKENS}")));
+    }
+    let loaded = models::load(&a.model, &a.load, ctx)?;
+    let plan = models::plan(&a.choice, &loaded.model)?;
+    let calibration = models::calibration(&loaded, &plan, a.text.as_deref(), a.load.offline, ctx)?;
+    // A prompt, the steps after it, and the few before the clock starts.
+    let need = if a.serve { SERVED_TEXT } else { longest + a.steps + 8 };
+    let text = match &a.text {
+        Some(_) => Some(models::text(a.text.as_deref(), need, a.load.offline, &loaded.tokenizer, ctx)?),
+        None => None,
+    };
+    // No progress from inside a prompt: the clock is running there.
+    let cancel = Some(ctx.cancel.clone());
+    let options = PrefillOptions { attention: a.load.attention(), cancel, ..PrefillOptions::default() };
+    let tokens = text.as_ref().map(|t| t.tokens.as_slice());
+    let mut bench = ModelBench::new(&loaded.model, &plan, calibration.as_ref(), &options, tokens);
+    let about = json!({
+        "model": loaded.about,
+        "version": env!("CARGO_PKG_VERSION"),
+        "isa": Isa::active().to_string(),
+        "threads": ctx.threads,
+        "weights": a.load.weights.to_string(),
+        "weight_bytes": loaded.model.weight_bytes(),
+        "attention": options.attention.to_string(),
+        "plan": plan.to_toml(),
+        "text": text.as_ref().map_or("made-up tokens", |t| t.about.as_str()),
+    });
+    if a.serve {
+        return serve(&mut bench, &about, out);
+    }
+    let progress = Progress::new(ctx);
+    let (mut done, all) = (0, requests.len() * (a.repeats + 1));
+    let rows = bench.rounds(&requests, a.repeats, &mut |_, t| {
+        done += 1;
+        progress.at(done as f64 / all as f64, &format!("{:.1} tokens/s", t.tokens_per_second));
+    })?;
+    drop(progress);
+    if let Some(path) = &a.json {
+        let report = json!({"about": about, "rows": rows});
+        let text = serde_json::to_string_pretty(&report).map_err(std::io::Error::from)? + "\n";
+        files::write_whole(path, text.as_bytes())?;
+    }
+    Ok(write!(out, "{}", model_bench::markdown(&rows))?)
+}
+
+/// One line out at once, then one for each line in, until the input ends.
+fn serve(bench: &mut ModelBench, about: &Value, out: &mut dyn Write) -> Result {
+    let mut say = |value: &Value| -> Result {
+        writeln!(out, "{value}")?;
+        Ok(out.flush()?)
+    };
+    say(about)?;
+    for line in std::io::stdin().lock().lines() {
+        let line = line?;
+        let answer = match serde_json::from_str::<Request>(&line) {
+            Err(e) => json!({"error": format!("cannot read the request {line:?}: {e}")}),
+            Ok(request) => match bench.time(request) {
+                Err(e) => json!({"error": e.to_string()}),
+                Ok(timing) => json!(timing),
+            },
+        };
+        say(&answer)?;
     }
     Ok(())
 }

@@ -1,0 +1,153 @@
+//! Times single kernel calls on request, so that another library can be timed in turn with them;
+//! `benches/peers/` drives it.
+//!
+//! Each line of standard input is one request, each answer one line of JSON:
+//!
+//!     attend B H HKV T D f32|bf16 full|causal   exact attention, {"seconds", "flops"}
+//!     exp N CALLS                               e^x of N numbers on one thread, seconds of one call
+//!     read MIB THREADS                          sums MIB mebibytes, seconds and bytes
+//!
+//! The first request of a kind and shape makes the operands and warms up; a repeated line times one
+//! call on the same operands. FOVEAL_ISA caps the instruction set, RAYON_NUM_THREADS the threads.
+
+use foveal_kernels::exp::{Fun, apply};
+use foveal_kernels::{Attend, Element, Isa, View, ViewMut};
+use half::bf16;
+use std::io::{BufRead, Write};
+use std::time::Instant;
+
+type Failure = Box<dyn std::error::Error>;
+/// One call under the clock: seconds, and the fields to answer beside them.
+type Call = Box<dyn FnMut() -> Result<(f64, String), Failure>>;
+
+fn noise() -> impl FnMut() -> f32 {
+    let mut seed = 1u64;
+    move || {
+        seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        ((seed >> 40) as f32 / (1 << 24) as f32 - 0.5) * 3.4
+    }
+}
+
+fn attend<T: Element>(
+    [b, h, hkv, t, d]: [usize; 5],
+    causal: bool,
+    narrow: impl Fn(f32) -> T + 'static,
+) -> Result<Call, Failure> {
+    if [b, h, hkv, t, d].contains(&0) {
+        return Err("a dimension is 0".into());
+    }
+    let mut random = noise();
+    let mut some = |n: usize| (0..n).map(|_| narrow(random())).collect::<Vec<T>>();
+    let (q, k, v) = (some(b * h * t * d), some(b * hkv * t * d), some(b * hkv * t * d));
+    let mut out = vec![0f32; b * h * t * d];
+    let call = move |q: &[T], k: &[T], v: &[T], out: &mut [f32]| -> Result<(f64, String), Failure> {
+        let (qs, ks) = ([b, h, t, d], [b, hkv, t, d]);
+        let attend = Attend::new(1.0 / (d as f32).sqrt()).causal(causal).isa(Isa::active());
+        let begin = Instant::now();
+        let work = attend.run(
+            &View::contiguous("q", q, qs)?,
+            &View::contiguous("k", k, ks)?,
+            &View::contiguous("v", v, ks)?,
+            &mut ViewMut::contiguous("out", out, qs)?,
+            None,
+        )?;
+        Ok((begin.elapsed().as_secs_f64(), format!(", \"flops\": {}", work.flops)))
+    };
+    Ok(Box::new(move || call(&q, &k, &v, &mut out)))
+}
+
+fn exp(n: usize, calls: usize) -> Result<Call, Failure> {
+    if n == 0 || calls == 0 {
+        return Err("give numbers and calls".into());
+    }
+    let mut random = noise();
+    let x: Vec<f32> = (0..n).map(|_| random() * 5.0 - 10.0).collect();
+    let mut y = x.clone();
+    Ok(Box::new(move || {
+        let begin = Instant::now();
+        for _ in 0..calls {
+            // The kernel works in place, so the copy is on our bill.
+            y.copy_from_slice(&x);
+            apply(Fun::Exp, &mut y, Isa::active());
+            std::hint::black_box(&y);
+        }
+        Ok((begin.elapsed().as_secs_f64() / calls as f64, String::new()))
+    }))
+}
+
+/// Sum of a slice in 32 independent lanes, which compilers turn into vector code that waits for memory only.
+fn sum(x: &[u32]) -> u32 {
+    let mut lanes = [0u32; 32];
+    for c in x.chunks_exact(32) {
+        for (l, v) in lanes.iter_mut().zip(c) {
+            *l = l.wrapping_add(*v);
+        }
+    }
+    lanes.iter().fold(0, |a, &b| a.wrapping_add(b))
+}
+
+fn read(mib: usize, threads: usize) -> Result<Call, Failure> {
+    if mib == 0 || !(1..=1024).contains(&threads) {
+        return Err("give mebibytes, and 1 to 1024 threads".into());
+    }
+    let data: Vec<u32> = (0..mib << 18).map(|i| i as u32).collect();
+    Ok(Box::new(move || {
+        let begin = Instant::now();
+        std::thread::scope(|s| {
+            for part in data.chunks(data.len().div_ceil(threads)) {
+                s.spawn(move || std::hint::black_box(sum(part)));
+            }
+        });
+        Ok((begin.elapsed().as_secs_f64(), format!(", \"bytes\": {}", 4 * data.len())))
+    }))
+}
+
+fn prepare(line: &str) -> Result<Call, Failure> {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let number = |s: &str| s.parse::<usize>();
+    match words[..] {
+        ["attend", b, h, hkv, t, d, dtype, mask] => {
+            let shape = [number(b)?, number(h)?, number(hkv)?, number(t)?, number(d)?];
+            let causal = match mask {
+                "full" => false,
+                "causal" => true,
+                _ => return Err("the mask is full or causal".into()),
+            };
+            match dtype {
+                "f32" => attend(shape, causal, |x| x),
+                "bf16" => attend(shape, causal, bf16::from_f32),
+                _ => Err("the type is f32 or bf16".into()),
+            }
+        }
+        ["exp", n, calls] => exp(number(n)?, number(calls)?),
+        ["read", mib, threads] => read(number(mib)?, number(threads)?),
+        _ => Err("requests are: attend B H HKV T D f32|bf16 full|causal, exp N CALLS, read MIB THREADS".into()),
+    }
+}
+
+fn main() -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{{\"isa\": \"{}\"}}", Isa::active())?;
+    out.flush()?;
+    let mut held: Option<(String, Call)> = None;
+    for line in std::io::stdin().lock().lines() {
+        let line = line?;
+        let answer = (|| {
+            if held.as_ref().is_none_or(|(l, _)| *l != line) {
+                // The old operands go before the new ones come.
+                held = None;
+                let mut call = prepare(&line)?;
+                call()?;
+                held = Some((line.clone(), call));
+            }
+            let (_, call) = held.as_mut().ok_or("no call was prepared")?;
+            call()
+        })();
+        match answer {
+            Ok((seconds, rest)) => writeln!(out, "{{\"seconds\": {seconds:e}{rest}}}")?,
+            Err(e) => writeln!(out, "{{\"error\": \"{}\"}}", e.to_string().replace(['"', '\\', '\n'], " "))?,
+        }
+        out.flush()?;
+    }
+    Ok(())
+}
