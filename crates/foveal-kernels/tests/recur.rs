@@ -632,11 +632,7 @@ fn extreme_decays() {
     for kind in [Kind::Scalar, Kind::Channel, Kind::GatedDelta, Kind::ChannelDelta, Kind::LowRank] {
         for decay in [-100.0, -30.0, f32::NEG_INFINITY, -1e-6, 0.0] {
             extreme(data::<f32>(Shape::new(kind, 130, 32, 32), None, 170), decay);
-            // Low rank in bf16 on tiles misses the rule here: 2.08 times the plain code's error in the first case
-            // that failed.
-            if kind != Kind::LowRank {
-                extreme(data::<bf16>(Shape::new(kind, 130, 32, 32), None, 170), decay);
-            }
+            extreme(data::<bf16>(Shape::new(kind, 130, 32, 32), None, 170), decay);
         }
     }
 }
