@@ -23,6 +23,7 @@ mod lanes;
 pub mod linear;
 pub mod merge;
 pub mod recur;
+pub mod scores;
 mod simd;
 pub mod table;
 pub mod twin;

@@ -1,6 +1,6 @@
 //! Run selectors over all heads of a problem, then attend over what they chose.
 
-use super::{HeadProblem, HeadSelection, Mat, Selector};
+use super::{HeadProblem, HeadSelection, Mat, Precision, Selector};
 use crate::error::{Error, Result};
 use crate::prim::{AttendOptions, Attended, attend, attend_selected};
 use candle_core::Tensor;
@@ -21,7 +21,7 @@ pub struct Prefilled {
 }
 
 /// Causal attention of q (B, H, Tq, D) over k, v (B, H_kv, Tk, D): each query head by the selector
-/// that `system` names for it, `None` meaning exact attention. q and k are f32.
+/// that `system` names for it, `None` meaning exact attention. q and k are f32, and so are estimates.
 /// `layer` is handed to the selectors.
 pub fn prefill<'s>(
     system: impl Fn(usize) -> Option<&'s dyn Selector> + Sync,
@@ -68,6 +68,7 @@ pub fn prefill<'s>(
                         scale,
                         layer,
                         head: hi,
+                        precision: Precision::F32,
                     };
                     match system(hi) {
                         Some(s) => s.select(&problem),
