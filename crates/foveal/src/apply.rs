@@ -56,7 +56,7 @@ pub fn apply_prefill(
         });
     }
     let options = AttendOptions { scale, causal, ..AttendOptions::default() };
-    let p = run::prefill(|_| selector, &q, &k, &v, &options, 0)?;
+    let p = run::prefill(|_| selector, &q, &k, &v, &options, run::NO_LAYER)?;
     Ok(Applied { attended: p.attended, select: p.select, selections: p.selections, shape, causal })
 }
 

@@ -3,6 +3,7 @@
 use candle_core::{Device, Tensor};
 use foveal::prim::{AttendOptions, attend_selected};
 use foveal::sparse::mask::{dense_mask, density, is_disjoint};
+use foveal::sparse::run::NO_LAYER;
 use foveal::sparse::{HeadProblem, Mat, Precision};
 use foveal::{Slot, Spec, System, registry};
 use safetensors::SafeTensors;
@@ -35,7 +36,7 @@ fn masks_equal_the_papers_definitions() {
         };
         let scale = 1.0 / (d as f32).sqrt();
         let (qm, km) = (Mat::new(&q, tq, d, d), Mat::new(&k, tk, d, d));
-        let problem = HeadProblem { q: qm, k: km, scale, layer: 0, head: 0, precision: Precision::F32 };
+        let problem = HeadProblem { q: qm, k: km, scale, layer: NO_LAYER, head: 0, precision: Precision::F32 };
         let (selection, work) = selector.select(&problem).expect("a selection");
         assert_eq!(work.pairs, 0, "{label}");
         assert!(is_disjoint(&selection, tq, tk), "{label}");

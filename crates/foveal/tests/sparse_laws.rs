@@ -3,6 +3,7 @@
 use candle_core::{Device, Tensor};
 use foveal::prim::{AttendOptions, attend, attend_selected};
 use foveal::sparse::mask::{dense_mask, density, is_disjoint};
+use foveal::sparse::run::NO_LAYER;
 use foveal::sparse::{HeadProblem, HeadSelection, Mat, Precision, minference};
 use foveal::{Slot, Spec, System, Work, registry};
 
@@ -40,7 +41,7 @@ impl Case {
     }
     fn problem(&self) -> HeadProblem<'_> {
         let (q, k) = (Mat::new(&self.q, self.tq, self.d, self.d), Mat::new(&self.k, self.tk, self.d, self.d));
-        HeadProblem { q, k, scale: 1.0 / (self.d as f32).sqrt(), layer: 0, head: 0, precision: Precision::F32 }
+        HeadProblem { q, k, scale: 1.0 / (self.d as f32).sqrt(), layer: NO_LAYER, head: 0, precision: Precision::F32 }
     }
     fn select(&self, spec: &str) -> (HeadSelection, Work) {
         let spec: Spec = spec.parse().expect("a spec");
@@ -122,7 +123,6 @@ fn full_budgets_are_exact() {
         "minference:pattern=block-sparse,blocks=1000000,max_share=1",
         "xattention:threshold=1",
         "hip-attention:k=1000000",
-        "hip-attention:dense_layers=1",
         "moba:topk=1000000",
         "anchorattention:theta=1000000",
         "anchorattention:theta=1000000,block_size=16,step=2",
@@ -138,6 +138,22 @@ fn full_budgets_are_exact() {
             }
         }
     }
+}
+
+#[test]
+fn the_first_layers_of_hip_attention_stay_dense() {
+    let case = Case::new(300, 300, 12);
+    let share = |layer: usize, spec: &str| {
+        let Ok(System::Selector(s)) = registry::build(&spec.parse().expect("a spec"), Slot::Prefill) else {
+            panic!("{spec} is no selector")
+        };
+        let (selection, _) = s.select(&HeadProblem { layer, ..case.problem() }).expect("a selection");
+        density(&selection, 300, 300)
+    };
+    let small = "hip-attention:k=32,block_size_q=16,window=20,sinks=5";
+    assert_eq!([share(0, small), share(2, small)], [1.0, 1.0]);
+    assert!(share(3, small) < 0.9 && share(NO_LAYER, small) < 0.9);
+    assert!(share(0, &format!("{small},dense_layers=0")) < 0.9);
 }
 
 #[test]

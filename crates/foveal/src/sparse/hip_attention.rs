@@ -44,7 +44,7 @@ pub struct HipAttention {
 
 impl Default for HipAttention {
     fn default() -> Self {
-        Self { k: 512, block_size_q: 64, block_stride_q: 2, block_size_k: 2, window: 256, sinks: 16, dense_layers: 0 }
+        Self { k: 512, block_size_q: 64, block_stride_q: 2, block_size_k: 2, window: 256, sinks: 16, dense_layers: 3 }
     }
 }
 
@@ -56,7 +56,7 @@ impl Config for HipAttention {
         ("block_size_k", "keys per leaf of the search tree"),
         ("window", "keys of the sliding window, the query's own included"),
         ("sinks", "first keys of the prompt, always visited"),
-        ("dense_layers", "layers from the first that stay dense; 3 in the paper"),
+        ("dense_layers", "layers of a model, from the first, that stay dense"),
     ];
     fn validate(&self) -> std::result::Result<(), String> {
         for (name, v) in [
@@ -273,8 +273,8 @@ pub const CARD: Card = Card {
          queries and masks the overlap; here the search stops where the first query's window begins, so no key is \
          found twice, and every query of the block may use the whole union.",
         "Sampled queries are counted from the block's last one, so that a shorter last block keeps its last query.",
-        "dense_layers is 0 by default so that one call on raw tensors shows the method; the paper keeps 3 dense layers \
-         (dense_layers=3, or a plan rule).",
+        "The first 3 layers stay dense, as in the paper. Raw tensors (foveal apply) belong to no layer: there the method \
+         itself runs.",
         "Where the levels of the tree would look at half of the past or more (up to 8k tokens at the default k), every \
          block of it is scored once and the levels look the scores up: the same choice, cheaper than gathering keys.",
         "The list is visited as single keys (gathered once per query block), not as blocks of block_size_k.",

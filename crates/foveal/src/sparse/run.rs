@@ -8,6 +8,9 @@ use foveal_kernels::Work;
 use rayon::prelude::*;
 use std::time::{Duration, Instant};
 
+/// The layer number of tensors that belong to no model: past every layer that a system treats apart.
+pub const NO_LAYER: usize = usize::MAX;
+
 /// Attention under a prefill system.
 pub struct Prefilled {
     /// Output, log-sum-exp and the work of the exact part.
@@ -22,7 +25,7 @@ pub struct Prefilled {
 
 /// Causal attention of q (B, H, Tq, D) over k, v (B, H_kv, Tk, D): each query head by the selector
 /// that `system` names for it, `None` meaning exact attention. q and k are f32, and so are estimates.
-/// `layer` is handed to the selectors.
+/// `layer` is handed to the selectors; [`NO_LAYER`] for tensors of no model.
 pub fn prefill<'s>(
     system: impl Fn(usize) -> Option<&'s dyn Selector> + Sync,
     q: &Tensor,
