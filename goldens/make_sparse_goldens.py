@@ -230,6 +230,9 @@ CASES = {
         (dict(k=24, block_size_q=32, block_stride_q=3, block_size_k=4, window=10, sinks=3), hip,
          lambda c: dict(n_keys=c["k"], bq=c["block_size_q"], stride_q=c["block_stride_q"], bk=c["block_size_k"],
                         window=c["window"], sinks=c["sinks"])),
+        (dict(k=4, block_size_q=32, block_stride_q=2, block_size_k=2, window=10, sinks=3), hip,
+         lambda c: dict(n_keys=c["k"], bq=c["block_size_q"], stride_q=c["block_stride_q"], bk=c["block_size_k"],
+                        window=c["window"], sinks=c["sinks"])),
     ],
     "moba": [
         (dict(block_size=32, topk=3), moba, lambda c: dict(block=c["block_size"], topk=c["topk"])),

@@ -6,8 +6,11 @@ use crate::table::KeyLists;
 use crate::view::{Element, View, ViewMut};
 use crate::work::Work;
 
-/// Attend every query group to its own keys; parameters and outputs as in [`Attend::run`]
-/// (`params.table` must be `None`).
+/// Attend every query group to its own keys; parameters and outputs as in [`Attend::run`].
+///
+/// With a block table in `params` the keys come on top of its blocks, in one pass over both; a key
+/// inside a visited block is visited once. Then the table must be without row masks and, for each
+/// head, the queries of a block or of a group a multiple of the other's.
 ///
 /// Rows of K and V are read in place through pointers, so a list costs what as many consecutive
 /// keys cost. Groups of 16 queries or more fill the vectors; smaller ones work too.
@@ -22,18 +25,33 @@ pub fn attend_indexed<T: Element>(
 ) -> Result<Work> {
     const OP: &str = "attend_indexed";
     check_shapes(OP, q.shape, k.shape, v.shape, out.shape)?;
-    if params.table.is_some() {
-        return Err(KernelError::Param {
-            op: OP,
-            name: "table",
-            value: "a block table".into(),
-            remedy: "give either key lists or a block table; for both, intersect them first".into(),
-        });
-    }
     let [b, h, tq, _] = q.shape;
     check_heads(OP, "key lists", lists.heads.len(), b * h)?;
     for l in &lists.heads {
         l.check(tq, k.shape[2])?;
     }
-    drive::run(OP, params, Source::Keys(&lists.heads), q, k, v, out, lse)
+    let Some(t) = params.table else {
+        return drive::run(OP, params, Source::Keys(&lists.heads), q, k, v, out, lse);
+    };
+    check_heads(OP, "block table", t.heads.len(), b * h)?;
+    for (t, l) in t.heads.iter().zip(&lists.heads) {
+        t.check(tq, k.shape[2])?;
+        if t.rows.is_some() {
+            return Err(KernelError::Param {
+                op: OP,
+                name: "table",
+                value: "row masks".into(),
+                remedy: "key lists join a table without row masks; merge two calls".into(),
+            });
+        }
+        if !t.block_q.is_multiple_of(l.group) && !l.group.is_multiple_of(t.block_q) {
+            return Err(KernelError::Param {
+                op: OP,
+                name: "group",
+                value: format!("{} queries beside blocks of {}", l.group, t.block_q),
+                remedy: "let one be a multiple of the other, or merge two calls".into(),
+            });
+        }
+    }
+    drive::run(OP, params, Source::Both(&t.heads, &lists.heads), q, k, v, out, lse)
 }

@@ -24,6 +24,7 @@ pub mod linear;
 pub mod merge;
 pub mod rank;
 pub mod recur;
+pub mod scores;
 mod simd;
 pub mod table;
 pub mod twin;

@@ -426,6 +426,31 @@ fn table_with_window_and_long_blocks() {
 }
 
 #[test]
+fn blocks_and_single_keys_in_one_pass() {
+    let mut r = Rng(9);
+    for (bq, bk, group) in [(16, 32, 16), (64, 64, 64), (128, 16, 32), (3, 7, 9), (100, 1, 50)] {
+        for (causal, window) in [(false, None), (true, None), (true, Some(70))] {
+            let s = Shape { tq: 150, tk: 210, d: 8, dv: 8, ..BASE };
+            let t = random_table(s, &mut r, bq, bk, 0.3, false);
+            // Lists that name keys inside visited blocks too: these are visited once.
+            let heads: Vec<HeadKeys> = (0..s.b * s.h)
+                .map(|_| {
+                    let lists = (0..s.tq.div_ceil(group))
+                        .map(|_| (0..r.below(60)).map(|_| r.below(s.tk) as u32).collect())
+                        .collect();
+                    HeadKeys::from_lists(group, lists)
+                })
+                .collect();
+            let l = KeyLists { heads };
+            let visible = |b: usize, h: usize, i: usize, j: usize| {
+                in_table(s, &t, b, h, i, j) || l.heads[b * s.h + h].row(i / group).contains(&(j as u32))
+            };
+            check(s, &scaled(s).causal(causal).window(window).table(Some(&t)), Some(&l), &visible);
+        }
+    }
+}
+
+#[test]
 fn key_lists() {
     let mut r = Rng(7);
     for group in [1, 2, 3, 5, 16, 64, 100, 1000] {
@@ -567,7 +592,16 @@ fn wrong_calls_are_refused() {
     assert!(p.clone().table(Some(&t)).run(&q, &k, &v, &mut o, None).is_err(), "table of no heads");
     let l = KeyLists { heads: vec![] };
     assert!(attend_indexed(&p, &l, &q, &k, &v, &mut o, None).is_err(), "lists of no heads");
-    assert!(attend_indexed(&p.clone().table(Some(&t)), &l, &q, &k, &v, &mut o, None).is_err(), "both");
+    let lists = |group: usize| HeadKeys::from_lists(group, vec![Vec::new(); s.tq.div_ceil(group)]);
+    let l = KeyLists { heads: vec![lists(6), lists(6)] };
+    assert!(attend_indexed(&p.clone().table(Some(&t)), &l, &q, &k, &v, &mut o, None).is_err(), "table of no heads");
+    let t = random_table(s, &mut Rng(1), 4, 16, 0.5, false);
+    assert!(
+        attend_indexed(&p.clone().table(Some(&t)), &l, &q, &k, &v, &mut o, None).is_err(),
+        "groups of 6, blocks of 4"
+    );
+    let t = random_table(s, &mut Rng(1), 3, 16, 0.5, true);
+    assert!(attend_indexed(&p.clone().table(Some(&t)), &l, &q, &k, &v, &mut o, None).is_err(), "row masks");
     assert!(p.run(&q, &v, &k, &mut ViewMut::contiguous("out", &mut [0.0; 4], [1, 1, 1, 4]).unwrap(), None).is_err());
 }
 

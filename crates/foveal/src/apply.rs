@@ -57,7 +57,7 @@ pub fn apply_prefill(
         });
     }
     let options = AttendOptions { scale, causal, ..AttendOptions::default() };
-    let p = run::prefill(|_| selector, &q, &k, &v, &options, 0)?;
+    let p = run::prefill(|_| selector, &q, &k, &v, &options, run::NO_LAYER)?;
     if let Some(at) = flat(&p.attended.out)?.iter().position(|x| !x.is_finite()) {
         return Err(Error::Param {
             system: id.into(),

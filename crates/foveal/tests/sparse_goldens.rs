@@ -3,7 +3,8 @@
 use candle_core::{Device, Tensor};
 use foveal::prim::{AttendOptions, attend_selected};
 use foveal::sparse::mask::{dense_mask, density, is_disjoint};
-use foveal::sparse::{HeadProblem, Mat};
+use foveal::sparse::run::NO_LAYER;
+use foveal::sparse::{HeadProblem, Mat, Precision};
 use foveal::{Slot, Spec, System, registry};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -20,7 +21,7 @@ fn masks_equal_the_papers_definitions() {
     let (_, header) = SafeTensors::read_metadata(&bytes).expect("a header");
     let cases = &header.metadata().as_ref().expect("metadata")["cases"];
     let cases: Vec<Value> = serde_json::from_str(cases).expect("cases as JSON");
-    assert_eq!(cases.len(), 36);
+    assert_eq!(cases.len(), 39);
     for case in cases {
         let number = |name: &str| case[name].as_u64().expect("a size") as usize;
         let text = |name: &str| case[name].as_str().expect("a name").to_owned();
@@ -34,7 +35,8 @@ fn masks_equal_the_papers_definitions() {
             panic!("{label}: not a selector")
         };
         let scale = 1.0 / (d as f32).sqrt();
-        let problem = HeadProblem { q: Mat::new(&q, tq, d, d), k: Mat::new(&k, tk, d, d), scale, layer: 0, head: 0 };
+        let (qm, km) = (Mat::new(&q, tq, d, d), Mat::new(&k, tk, d, d));
+        let problem = HeadProblem { q: qm, k: km, scale, layer: NO_LAYER, head: 0, precision: Precision::F32 };
         let (selection, work) = selector.select(&problem).expect("a selection");
         assert_eq!(work.pairs, 0, "{label}");
         assert!(is_disjoint(&selection, tq, tk), "{label}");

@@ -9,7 +9,7 @@ use crate::progress::Progress;
 use foveal::Spec;
 use foveal::prim::kv::KvDtype;
 use foveal::sparse::minference::{Candidate, Pattern, SearchOptions, search};
-use foveal::sparse::{HeadProblem, Mat};
+use foveal::sparse::{HeadProblem, Mat, Precision};
 use foveal_llm::model::Recorded;
 use foveal_llm::plan::DENSE;
 use foveal_llm::{LogitsFor, Plan, PrefillOptions, Rule};
@@ -80,6 +80,7 @@ pub fn run(a: &PlanArgs, ctx: &Context, out: &mut dyn Write) -> Result {
                         scale: 1.0 / (d as f32).sqrt(),
                         layer,
                         head: r.head,
+                        precision: Precision::F32,
                     };
                     let found = search(&problem, &Mat::new(v, t, d, d), &options)?;
                     Ok(Some(Choice { layer, head: r.head, best: found.best, sparse: found.tried[0].error }))

@@ -25,6 +25,20 @@ pub(crate) enum Source<'a> {
     Table(&'a [HeadTable]),
     /// Key lists; one a (batch, head).
     Keys(&'a [HeadKeys]),
+    /// Blocks without row masks and, besides them, single keys. One of block and group divides the other.
+    Both(&'a [HeadTable], &'a [HeadKeys]),
+}
+
+impl Source<'_> {
+    /// Queries of a (batch, head) that share a list of keys.
+    fn block(&self, bh: usize) -> usize {
+        match self {
+            Source::Dense => usize::MAX,
+            Source::Table(t) => t[bh].block_q,
+            Source::Keys(k) => k[bh].group,
+            Source::Both(t, k) => t[bh].block_q.min(k[bh].group),
+        }
+    }
 }
 
 /// Queries of a work tile, and the alignment of task boundaries. Work is counted on this grid
@@ -208,7 +222,7 @@ pub(crate) fn run<T: Element>(
             };
             let mut work = Work::default();
             while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let block = call.block(task.bh);
+                let block = call.source.block(task.bh);
                 let mut at = task.rows.start;
                 while at < task.rows.end {
                     let end = (at / block + 1).saturating_mul(block).min(task.rows.end);
@@ -234,11 +248,7 @@ fn tasks(source: Source, [b, h, hkv, tq]: [usize; 4], threads: usize) -> Vec<Tas
     for bk in 0..b * hkv {
         let first = list.len();
         for bh in bk * group..(bk + 1) * group {
-            let block = match source {
-                Source::Dense => usize::MAX,
-                Source::Table(t) => t[bh].block_q,
-                Source::Keys(t) => t[bh].group,
-            };
+            let block = source.block(bh);
             let mut at = 0;
             while at < tq {
                 // Large blocks are cut on the work grid, small ones collected up to it.
@@ -262,16 +272,27 @@ fn same<T: 'static, U: 'static>(data: &[T]) -> Option<*const U> {
     (TypeId::of::<T>() == TypeId::of::<U>()).then(|| data.as_ptr().cast())
 }
 
-impl<T: Element> Call<'_, T> {
-    /// Queries that share a list of keys.
-    fn block(&self, bh: usize) -> usize {
-        match self.source {
-            Source::Dense => usize::MAX,
-            Source::Table(t) => t[bh].block_q,
-            Source::Keys(t) => t[bh].group,
-        }
-    }
+/// The part of an ascending list that lies in `seen`.
+fn within<'k>(keys: &'k [u32], seen: &Range<usize>) -> &'k [u32] {
+    let lo = keys.partition_point(|&j| (j as usize) < seen.start);
+    let hi = keys.partition_point(|&j| (j as usize) < seen.end);
+    &keys[lo..hi.max(lo)]
+}
 
+/// Count single keys in every work tile (what it sees, its queries) that sees some of them; returns
+/// how many are read.
+fn count_singles(tiles: &[(Range<usize>, usize)], keys: &[u32], work: &mut Work) -> u64 {
+    let mut read = 0;
+    for (seen, n) in tiles {
+        let keys = within(keys, seen).len();
+        work.tiles += u64::from(keys > 0);
+        work.pairs += (keys * n) as u64;
+        read += keys as u64;
+    }
+    read
+}
+
+impl<T: Element> Call<'_, T> {
     /// Keys that query `i` may see by causality and window.
     pub(super) fn visible(&self, i: usize) -> Range<usize> {
         let (tq, tk) = (self.q.shape[2], self.k.shape[2]);
@@ -333,9 +354,15 @@ impl<T: Element> Call<'_, T> {
                 count(seen.clone(), WORK_TILE);
                 s.keys.extend(aligned as u32..seen.end.max(aligned) as u32);
             }
-            Source::Table(t) => {
+            Source::Table(t) | Source::Both(t, _) => {
                 let t = &t[bh];
                 let qb = rows.start / t.block_q;
+                // Single keys take their places between the blocks.
+                let mut singles = match self.source {
+                    Source::Both(_, k) => within(k[bh].row(rows.start / k[bh].group), &seen),
+                    _ => &[],
+                };
+                let all = singles;
                 for (e, &kb) in t.row(qb).iter().enumerate() {
                     let lo = kb as usize * t.block_k;
                     let run = lo.max(seen.start)..(lo + t.block_k).min(seen.end);
@@ -349,24 +376,20 @@ impl<T: Element> Call<'_, T> {
                     }
                     count(run.clone(), t.block_k);
                     let from = lo.max(aligned);
+                    let (before, rest) = singles.split_at(singles.partition_point(|&j| (j as usize) < from));
+                    s.keys.extend_from_slice(before);
+                    singles = &rest[rest.partition_point(|&j| (j as usize) < run.end)..];
                     if t.rows.is_some() {
                         s.marks.resize(s.marks.len() + run.end - from, mark);
                     }
                     s.keys.extend(from as u32..run.end as u32);
                 }
+                s.keys.extend_from_slice(singles);
+                keys += count_singles(&tiles, all, &mut work);
             }
             Source::Keys(t) => {
-                let all = t[bh].row(rows.start / t[bh].group);
-                let lo = all.partition_point(|&j| (j as usize) < seen.start);
-                let hi = all.partition_point(|&j| (j as usize) < seen.end);
-                s.keys.extend_from_slice(&all[lo..hi.max(lo)]);
-                for (seen, n) in &tiles {
-                    let lo = s.keys.partition_point(|&j| (j as usize) < seen.start);
-                    let hi = s.keys.partition_point(|&j| (j as usize) < seen.end);
-                    work.tiles += u64::from(lo < hi);
-                    work.pairs += (hi.saturating_sub(lo) * n) as u64;
-                    keys += hi.saturating_sub(lo) as u64;
-                }
+                s.keys.extend_from_slice(within(t[bh].row(rows.start / t[bh].group), &seen));
+                keys += count_singles(&tiles, &s.keys, &mut work);
             }
         }
         let (d, dv, size) = (self.q.shape[3], self.v.shape[3], size_of::<T>());

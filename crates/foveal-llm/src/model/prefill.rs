@@ -14,7 +14,7 @@ use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use foveal::Work;
 use foveal::prim::rope::Rope;
 use foveal::prim::{AttendOptions, Attended, attend, attend_selected};
-use foveal::sparse::{HeadProblem, HeadSelection, Mat, Selector};
+use foveal::sparse::{HeadProblem, HeadSelection, Mat, Precision, Selector};
 use rayon::prelude::*;
 use std::sync::Arc;
 use std::time::Instant;
@@ -244,7 +244,7 @@ impl Model {
     }
 }
 
-/// Attention of one chunk: selection on the f32 tensors `exact`, attention on `used` if given.
+/// Attention of one chunk: selection on the f32 tensors `exact`, attention on `used` (bf16) if given.
 fn attend_chunk(
     systems: &[Option<Arc<dyn Selector>>],
     exact: &(Tensor, Tensor, Tensor),
@@ -257,6 +257,8 @@ fn attend_chunk(
         let attended = attend(q, k, v, options, None)?;
         return Ok(Chunk { attended, select: Work::default(), select_seconds: 0.0, selections: Vec::new() });
     }
+    // An estimate need not be more exact than the attention that it serves.
+    let precision = if used.is_some() { Precision::Bf16 } else { Precision::F32 };
     let begin = Instant::now();
     let (_, heads, tq, d) = exact.0.dims4()?;
     let (_, kv_heads, tk, _) = exact.1.dims4()?;
@@ -273,6 +275,7 @@ fn attend_chunk(
                         scale: options.scale.unwrap_or(1.0 / (d as f32).sqrt()),
                         layer,
                         head,
+                        precision,
                     };
                     match system {
                         Some(s) => s.select(&problem),

@@ -4,7 +4,7 @@ use super::problem::PrefillProblem;
 use super::{Finding, allowed, build, check_card, close, default_int, exponent, law_name};
 use crate::prim::{AttendOptions, attend};
 use crate::sparse::Selector;
-use crate::sparse::run::{Prefilled, prefill};
+use crate::sparse::run::{NO_LAYER, Prefilled, prefill};
 use crate::system::{Card, Growth, Law, Slot, System};
 use candle_core::Tensor;
 
@@ -53,7 +53,7 @@ fn run(card: &Card, params: &[(&str, &str)], p: &PrefillProblem) -> Result<Prefi
         System::Cache(_) => return Err("built as a cache policy".into()),
     };
     let (q, k, v) = p.tensors().map_err(|e| e.to_string())?;
-    prefill(|_| selector, &q, &k, &v, &AttendOptions::causal(), 0).map_err(|e| e.to_string())
+    prefill(|_| selector, &q, &k, &v, &AttendOptions::causal(), NO_LAYER).map_err(|e| e.to_string())
 }
 
 fn flat(t: &Tensor) -> Result<Vec<f32>, String> {

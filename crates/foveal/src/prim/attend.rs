@@ -70,8 +70,9 @@ pub fn attend_indexed(
     run("attend_indexed", q, k, v, options, What::Lists(lists))
 }
 
-/// Exact attention over what a selector chose, one [`HeadSelection`] per (batch, head): the
-/// block part and the single-key part are computed apart and merged by log-sum-exp.
+/// Exact attention over what a selector chose, one [`HeadSelection`] per (batch, head): blocks and
+/// single keys in one pass. Where a head's blocks have row masks, or their queries and those of the
+/// key lists are no multiples of one another, the two are computed apart and merged by log-sum-exp.
 pub fn attend_selected(
     q: &Tensor,
     k: &Tensor,
@@ -84,18 +85,23 @@ pub fn attend_selected(
     let any_blocks = selections.iter().any(|s| s.blocks.as_ref().is_some_and(|b| !b.blocks.is_empty()));
     let mut tables = Vec::with_capacity(selections.len());
     let mut lists = Vec::with_capacity(selections.len());
-    let no_blocks = || HeadTable::from_lists(128, 128, vec![Vec::new(); tq.div_ceil(128)]);
-    let no_keys = || HeadKeys::from_lists(128, vec![Vec::new(); tq.div_ceil(128)]);
     for s in selections {
-        tables.push(s.blocks.unwrap_or_else(no_blocks));
-        lists.push(s.keys.unwrap_or_else(no_keys));
+        // What a head lacks is empty, in the groups of what it has.
+        let group = s.blocks.as_ref().map(|b| b.block_q).or(s.keys.as_ref().map(|k| k.group)).unwrap_or(128).max(1);
+        tables
+            .push(s.blocks.unwrap_or_else(|| HeadTable::from_lists(group, 128, vec![Vec::new(); tq.div_ceil(group)])));
+        lists.push(s.keys.unwrap_or_else(|| HeadKeys::from_lists(group, vec![Vec::new(); tq.div_ceil(group)])));
     }
-    let blocks = || attend(q, k, v, options, Some(&BlockTable { heads: tables.clone() }));
-    let keys = || attend_indexed(q, k, v, options, &KeyLists { heads: lists.clone() });
+    let joint = tables
+        .iter()
+        .zip(&lists)
+        .all(|(t, l)| t.rows.is_none() && (t.block_q.is_multiple_of(l.group) || l.group.is_multiple_of(t.block_q)));
+    let (tables, lists) = (BlockTable { heads: tables }, KeyLists { heads: lists });
     match (any_blocks, any_keys) {
-        (_, false) => blocks(),
-        (false, true) => keys(),
-        (true, true) => merge(&blocks()?, &keys()?),
+        (_, false) => attend(q, k, v, options, Some(&tables)),
+        (false, true) => attend_indexed(q, k, v, options, &lists),
+        (true, true) if joint => run("attend_selected", q, k, v, options, What::Both(&tables, &lists)),
+        (true, true) => merge(&attend(q, k, v, options, Some(&tables))?, &attend_indexed(q, k, v, options, &lists)?),
     }
 }
 
@@ -128,6 +134,7 @@ pub fn merge(a: &Attended, b: &Attended) -> Result<Attended> {
 enum What<'a> {
     Blocks(Option<&'a BlockTable>),
     Lists(&'a KeyLists),
+    Both(&'a BlockTable, &'a KeyLists),
 }
 
 fn run(op: &'static str, q: &Tensor, k: &Tensor, v: &Tensor, o: &AttendOptions, what: What) -> Result<Attended> {
@@ -167,6 +174,9 @@ fn run(op: &'static str, q: &Tensor, k: &Tensor, v: &Tensor, o: &AttendOptions, 
                 match what {
                     What::Blocks(t) => p.clone().table(t).run($q, $k, $v, &mut ov, Some(&mut lse))?,
                     What::Lists(l) => indexed_kernel(&p, l, $q, $k, $v, &mut ov, Some(&mut lse))?,
+                    What::Both(t, l) => {
+                        indexed_kernel(&p.clone().table(Some(t)), l, $q, $k, $v, &mut ov, Some(&mut lse))?
+                    }
                 }
             };
         }

@@ -13,18 +13,49 @@ fn order(x: &[f32], a: u32, b: u32) -> Ordering {
     }
 }
 
+/// An integer that grows with x: NaN least, the zeros equal.
+fn rank(x: f32) -> u32 {
+    let bits = (x + 0.0).to_bits();
+    // Negative numbers fall as their bits grow.
+    let rank = bits ^ ((bits as i32 >> 31) as u32 | 1 << 31);
+    if x.is_nan() { 0 } else { rank }
+}
+
 /// Indices of the k largest entries, ascending by index. All of them if k ≥ len.
 pub fn topk(x: &[f32], k: usize) -> Vec<u32> {
-    let mut idx: Vec<u32> = (0..x.len() as u32).collect();
+    let mut out = Vec::with_capacity(k.min(x.len()));
+    topk_into(x, k, &mut Vec::new(), &mut out);
+    out
+}
+
+/// [`topk`] into `out`, whose contents are replaced; `ranks` is memory kept from call to call.
+/// Linear time: the k-th largest rank is found, then all above it are taken in order.
+pub fn topk_into(x: &[f32], k: usize, ranks: &mut Vec<u32>, out: &mut Vec<u32>) {
+    out.clear();
     if k == 0 {
-        return Vec::new();
+        return;
     }
-    if k < idx.len() {
-        idx.select_nth_unstable_by(k - 1, |&a, &b| order(x, a, b));
-        idx.truncate(k);
-        idx.sort_unstable();
+    if k >= x.len() {
+        out.extend(0..x.len() as u32);
+        return;
     }
-    idx
+    ranks.clear();
+    ranks.extend(x.iter().map(|&x| rank(x)));
+    let at = x.len() - k;
+    let least = *ranks.select_nth_unstable(at).1;
+    // Entries equal to the least one taken: as many as there is room for, the first ones.
+    let mut ties = ranks[at..].iter().filter(|&&r| r == least).count();
+    // No branch to mispredict: every index is written, and stays if the next place is taken.
+    out.resize(k + 1, 0);
+    let mut n = 0;
+    for (i, &x) in (0..).zip(x) {
+        let r = rank(x);
+        let tie = usize::from(r == least && ties > 0);
+        ties -= tie;
+        out[n] = i;
+        n += usize::from(r > least) + tie;
+    }
+    out.truncate(k);
 }
 
 /// The fewest indices, largest entries first, whose sum reaches `p` times the sum of all
@@ -62,6 +93,8 @@ mod tests {
         assert_eq!(topk(&[5.0, 5.0, 5.0], 1), [0]);
         assert_eq!(topk(&[1.0], 9), [0]);
         assert!(topk(&[1.0], 0).is_empty());
+        assert_eq!(topk(&[-0.0, f32::NEG_INFINITY, 0.0, -1.0, f32::NAN, -0.0], 2), [0, 2]);
+        assert_eq!(topk(&[f32::INFINITY, f32::MIN, -1e-40, f32::NEG_INFINITY, f32::NAN], 4), [0, 1, 2, 3]);
     }
 
     #[test]

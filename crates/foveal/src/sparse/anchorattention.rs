@@ -9,12 +9,13 @@
 //!
 //! q (Tq, D), k (Tk, D) → blocks for the initial and local keys, single keys for the stripes.
 //! Cost: the anchors 2·D·(initial + step·block_size/2) flops a query, the stripes
-//! 2·D·T/(2·block_size) a query, O(step·T) extra memory.
+//! 2·D·T/(2·block_size) a query; extra memory: the keys in the precision of the estimate.
 
-use super::estimate::{bytes, max_of, packed};
+use super::estimate::{bytes, hide};
 use super::{HeadProblem, HeadSelection, Selector};
 use crate::error::Result;
-use crate::prim::gemm::abt;
+use crate::prim::gemm::{self, Columns, Rows};
+use crate::prim::pool::column_max;
 use crate::system::{Card, Config, Family, Growth, Law, Params, Slot, System, configure, params_of};
 use foveal_kernels::{HeadKeys, HeadTable, Work};
 use serde::{Deserialize, Serialize};
@@ -61,47 +62,52 @@ impl Selector for AnchorAttention {
     fn select(&self, p: &HeadProblem) -> Result<(HeadSelection, Work)> {
         let (b, group) = (self.block_size, self.block_size.saturating_mul(self.step));
         let (tq, d, off) = (p.q.rows, p.q.cols, p.offset());
-        let k = packed(&p.k, p.k.rows);
+        let mut sides: Option<(Rows, Columns, Columns)> = None;
         let mut work = Work::default();
-        let mut table = HeadTable { block_q: b, block_k: b, indptr: vec![0], blocks: Vec::new(), rows: None };
+        let mut table = HeadTable { block_q: group, block_k: b, indptr: vec![0], blocks: Vec::new(), rows: None };
         let mut lists = HeadKeys { group, indptr: vec![0], keys: Vec::new() };
         let mut scores: Vec<f32> = Vec::new();
+        let mut top: Vec<f32> = Vec::new();
         let mut pooled: Vec<f32> = Vec::new();
         let mut anchors: Vec<f32> = Vec::new();
-        let mut hit: Vec<bool> = Vec::new();
         for g0 in (0..tq).step_by(group) {
-            let g1 = (g0 + group).min(tq);
+            let g1 = g0.saturating_add(group).min(tq);
             // Local keys start at the block that holds the group's first position.
             let local = (off + g0) / b;
             let init = self.init_blocks.min(local);
             let (init_end, local_start) = (init * b, local * b);
+            table.blocks.extend((0..init as u32).chain(local as u32..((off + g1 - 1) / b + 1) as u32));
+            table.indptr.push(table.blocks.len());
             // Without keys in between there is nothing to find, hence no anchor to compute.
             let search = local_start > init_end;
             pooled.clear();
             anchors.clear();
-            for r0 in (g0..g1).step_by(b) {
+            for r0 in (g0..g1).step_by(b).take_while(|_| search) {
                 let r1 = (r0 + b).min(g1);
                 let rows = r1 - r0;
-                table.blocks.extend((0..init as u32).chain(local as u32..((off + r1 - 1) / b + 1) as u32));
-                table.indptr.push(table.blocks.len());
-                if !search {
-                    continue;
+                let (keys, q, _) = sides.get_or_insert_with(|| {
+                    let columns = |n| Columns::new(n, 1, d, p.scale, p.precision);
+                    (Rows::of(&p.k, 1, p.precision), columns(b), columns(self.step.min(tq.div_ceil(b))))
+                });
+                q.fill(rows, |i, _| Some(p.q.row(r0 + i)));
+                top.clear();
+                top.resize(q.stride(), f32::NEG_INFINITY);
+                // The first query sees keys before `own`; of the rest each query sees one more.
+                let (own, end) = (off + r0 + 1, off + r1);
+                for (from, to) in [(0, init_end), (local_start, own), (own, end)] {
+                    for j in (from..to).step_by(KEYS) {
+                        let n = KEYS.min(to - j);
+                        work.flops += gemm::scores(keys, j..j + n, q, &mut scores);
+                        let scores = &mut scores[..n * q.stride()];
+                        if from == own {
+                            hide(scores, q.stride(), rows, |i| (own + i).saturating_sub(j));
+                        }
+                        column_max(scores, &mut top);
+                    }
+                    work.bytes += bytes(to - from, d);
                 }
-                let near = off + r1 - local_start;
-                let n = init_end + near;
-                if scores.len() < rows * n {
-                    scores.resize(rows * n, 0.0);
-                }
-                let q = &p.q.data()[r0 * p.q.stride..];
-                let (first, second) = scores[..rows * n].split_at_mut(rows * init_end);
-                work.flops += abt(rows, init_end, d, p.scale, q, p.q.stride, &k, d, first);
-                work.flops += abt(rows, near, d, p.scale, q, p.q.stride, &k[local_start * d..], d, second);
-                work.bytes += bytes(rows + n, d);
-                let mut anchor = 0f32;
-                for i in 0..rows {
-                    let seen = off + r0 + i + 1 - local_start;
-                    anchor += max_of(&first[i * init_end..(i + 1) * init_end]).max(max_of(&second[i * near..][..seen]));
-                }
+                work.bytes += bytes(rows, d);
+                let anchor: f32 = top[..rows].iter().sum();
                 anchors.push(anchor / rows as f32);
                 let at = pooled.len();
                 pooled.resize(at + d, 0.0);
@@ -113,30 +119,29 @@ impl Selector for AnchorAttention {
                 pooled[at..].iter_mut().for_each(|x| *x /= rows as f32);
                 work.flops += (rows + (rows + 1) * d) as u64;
             }
-            if search {
-                let n = local_start - init_end;
-                let m = anchors.len();
-                if scores.len() < m * n {
-                    scores.resize(m * n, 0.0);
-                }
-                work.flops += abt(m, n, d, p.scale, &pooled, d, &k[init_end * d..], d, &mut scores);
-                work.bytes += bytes(n, d);
-                hit.clear();
-                hit.resize(n, false);
-                for (row, anchor) in scores[..m * n].chunks_exact(n).zip(&anchors) {
-                    let least = anchor - self.theta;
-                    for (h, s) in hit.iter_mut().zip(row) {
-                        *h |= *s >= least;
+            if search && let Some((keys, _, q)) = &mut sides {
+                q.fill(anchors.len(), |i, _| Some(&pooled[i * d..(i + 1) * d]));
+                anchors.iter_mut().for_each(|x| *x -= self.theta);
+                for j in (init_end..local_start).step_by(KEYS) {
+                    let n = KEYS.min(local_start - j);
+                    work.flops += gemm::scores(keys, j..j + n, q, &mut scores);
+                    for (j, row) in (j as u32..).zip(scores[..n * q.stride()].chunks_exact(q.stride())) {
+                        if row.iter().zip(&anchors).fold(false, |hit, (s, least)| hit | (s >= least)) {
+                            lists.keys.push(j);
+                        }
                     }
                 }
-                work.flops += m as u64;
-                lists.keys.extend((init_end as u32..).zip(&hit).filter(|x| *x.1).map(|x| x.0));
+                work.bytes += bytes(local_start - init_end, d);
+                work.flops += anchors.len() as u64;
             }
             lists.indptr.push(lists.keys.len());
         }
         Ok((HeadSelection { blocks: Some(table), keys: Some(lists) }, work))
     }
 }
+
+/// Keys scored by one product, so that the scores stay in cache.
+const KEYS: usize = 256;
 
 /// Card.
 pub const CARD: Card = Card {

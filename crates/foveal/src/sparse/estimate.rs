@@ -1,14 +1,9 @@
-//! What the estimators of this family share: contiguous rows, a softmax row, and the
-//! rule by which their work is counted.
+//! What the estimators of this family share: the rule by which their work is counted, and causality
+//! in tables of scores.
 //!
 //! Counting: a product costs 2·m·n·k, an addition, multiplication or exponential one flop;
 //! comparisons, selection and index arithmetic are free. Bytes are the f32 rows of q and k that
-//! each product, pooling or gather reads.
-
-use super::Mat;
-use foveal_kernels::Isa;
-use foveal_kernels::exp::{self, Fun};
-use std::borrow::Cow;
+//! each product, pooling or gather reads, whatever precision they are taken to.
 
 /// Flops of one softmax entry: difference, exponential, sum.
 pub(crate) const SOFTMAX_FLOPS: usize = 3;
@@ -18,46 +13,17 @@ pub(crate) fn bytes(rows: usize, cols: usize) -> u64 {
     (rows * cols * size_of::<f32>()) as u64
 }
 
-/// The matrix as contiguous rows, zero-padded to `rows` rows; borrowed where it already is.
-pub(crate) fn packed<'a>(m: &Mat<'a>, rows: usize) -> Cow<'a, [f32]> {
-    if rows == m.rows && (m.stride == m.cols || m.rows <= 1) {
-        return Cow::Borrowed(&m.data()[..m.rows * m.cols]);
-    }
-    let mut out = Vec::with_capacity(rows * m.cols);
-    for i in 0..m.rows {
-        out.extend_from_slice(m.row(i));
-    }
-    out.resize(rows * m.cols, 0.0);
-    Cow::Owned(out)
-}
-
-/// In-place e^{x − max x}; returns 1 / Σ, the factor that makes the row a softmax. The row must
-/// not be empty and holds no −∞: callers cut the row at the causal edge instead of masking.
-pub(crate) fn exp_row(x: &mut [f32]) -> f32 {
-    let m = max_of(x);
-    x.iter_mut().for_each(|v| *v -= m);
-    exp::apply(Fun::Exp, x, Isa::active());
-    // Eight partial sums: one chain would hold the loop to the latency of an addition.
-    let mut s8 = [0f32; 8];
-    let (chunks, rest) = x.as_chunks::<8>();
-    for c in chunks {
-        for (s, v) in s8.iter_mut().zip(c) {
-            *s += *v;
+/// Hide from each column what it may not see: in scores with a key a row (`stride` entries apart),
+/// the rows from `seen(i)` on of column i become −∞. `seen` must not fall.
+pub(crate) fn hide(x: &mut [f32], stride: usize, columns: usize, seen: impl Fn(usize) -> usize) {
+    let rows = x.len() / stride.max(1);
+    let mut first = 0;
+    for (j, row) in x.chunks_exact_mut(stride.max(1)).enumerate().skip(seen(0).min(rows)) {
+        while first < columns && seen(first) <= j {
+            first += 1;
         }
+        row[..first].fill(f32::NEG_INFINITY);
     }
-    1.0 / (s8.iter().sum::<f32>() + rest.iter().sum::<f32>())
-}
-
-/// Largest entry, in eight chains.
-pub(crate) fn max_of(x: &[f32]) -> f32 {
-    let mut m8 = [f32::NEG_INFINITY; 8];
-    let (chunks, rest) = x.as_chunks::<8>();
-    for c in chunks {
-        for (m, v) in m8.iter_mut().zip(c) {
-            *m = m.max(*v);
-        }
-    }
-    m8.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
 }
 
 #[cfg(test)]
@@ -65,23 +31,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn exp_row_is_a_softmax() {
-        for n in [1usize, 7, 8, 9, 40] {
-            let x: Vec<f32> = (0..n).map(|i| ((i * 37 % 11) as f32 - 5.0) * 3.0).collect();
-            let mut y = x.clone();
-            let inv = exp_row(&mut y);
-            let z: f64 = x.iter().map(|v| f64::from(*v).exp()).sum();
-            for (a, b) in x.iter().zip(&y) {
-                assert!((f64::from(b * inv) - f64::from(*a).exp() / z).abs() < 1e-6);
+    fn hiding_leaves_what_may_be_seen() {
+        let (rows, stride, columns) = (9, 6, 5);
+        let seen = |i: usize| 3 + i / 2 * 2;
+        let mut x = vec![1f32; rows * stride];
+        hide(&mut x, stride, columns, seen);
+        for j in 0..rows {
+            for i in 0..stride {
+                let hidden = i < columns && j >= seen(i);
+                assert_eq!(x[j * stride + i] == f32::NEG_INFINITY, hidden, "key {j}, query {i}");
             }
-            assert_eq!(max_of(&x), x.iter().copied().fold(f32::MIN, f32::max));
         }
-    }
-
-    #[test]
-    fn packing_copies_only_when_it_must() {
-        let data: Vec<f32> = (0..12).map(|i| i as f32).collect();
-        assert!(matches!(packed(&Mat::new(&data, 4, 3, 3), 4), Cow::Borrowed(x) if x.len() == 12));
-        assert_eq!(&*packed(&Mat::new(&data, 3, 2, 4), 4), &[0.0, 1.0, 4.0, 5.0, 8.0, 9.0, 0.0, 0.0]);
     }
 }

@@ -8,13 +8,16 @@
 //! The block attends to the n key blocks found, the first `sinks` keys and its sliding window.
 //!
 //! q (Tq, D), k (Tk, D) → one key list per query block. Cost: 4·k·D·log2(T/k) /
-//! block_stride_q flops a query for the search, O(T log T) in all; k + window + sinks keys a
-//! query; O(k) extra memory.
+//! block_stride_q flops a query for the search (or 2·T·D/block_stride_q while that is less than
+//! twice as much: all is scored once, which needs no gathering), O(T log T) in all; k + window + sinks keys a
+//! query; O(k) extra memory and the keys in the precision of the estimate.
 
 use super::estimate::bytes;
 use super::{HeadProblem, HeadSelection, Selector};
 use crate::error::Result;
-use crate::prim::gemm::abt;
+use crate::prim::gemm::{self, Columns, Rows};
+use crate::prim::pool::group_max;
+use crate::prim::select::topk_into;
 use crate::system::{Card, Config, Family, Growth, Law, Params, Slot, System, configure, params_of};
 use foveal_kernels::{HeadKeys, Work};
 use serde::{Deserialize, Serialize};
@@ -41,7 +44,7 @@ pub struct HipAttention {
 
 impl Default for HipAttention {
     fn default() -> Self {
-        Self { k: 512, block_size_q: 64, block_stride_q: 2, block_size_k: 2, window: 256, sinks: 16, dense_layers: 0 }
+        Self { k: 512, block_size_q: 64, block_stride_q: 2, block_size_k: 2, window: 256, sinks: 16, dense_layers: 3 }
     }
 }
 
@@ -53,7 +56,7 @@ impl Config for HipAttention {
         ("block_size_k", "keys per leaf of the search tree"),
         ("window", "keys of the sliding window, the query's own included"),
         ("sinks", "first keys of the prompt, always visited"),
-        ("dense_layers", "layers from the first that stay dense; 3 in the paper"),
+        ("dense_layers", "layers of a model, from the first, that stay dense"),
     ];
     fn validate(&self) -> std::result::Result<(), String> {
         for (name, v) in [
@@ -81,6 +84,13 @@ struct Node {
     len: u32,
 }
 
+impl Node {
+    /// The key block that stands for all.
+    fn middle(&self) -> usize {
+        (self.start + self.len / 2) as usize
+    }
+}
+
 impl Selector for HipAttention {
     fn select(&self, p: &HeadProblem) -> Result<(HeadSelection, Work)> {
         let mut work = Work::default();
@@ -90,8 +100,7 @@ impl Selector for HipAttention {
         let (tq, d, off) = (p.q.rows, p.q.cols, p.offset());
         let bq = self.block_size_q;
         let mut lists = HeadKeys { group: bq, indptr: vec![0], keys: Vec::new() };
-        let mut tree = Tree::default();
-        let mut q: Vec<f32> = Vec::new();
+        let mut tree: Option<Tree> = None;
         for r0 in (0..tq).step_by(bq) {
             let r1 = (r0 + bq).min(tq);
             let end = off + r1;
@@ -102,14 +111,15 @@ impl Selector for HipAttention {
             if near - far <= self.k {
                 lists.keys.extend(far as u32..near as u32);
             } else {
-                q.clear();
+                let tree = tree.get_or_insert_with(|| Tree::new(p, self));
                 // The last query of the block scores in any case: it is the one whose answer
-                // a generation needs.
-                for r in (r0..r1).rev().step_by(self.block_stride_q) {
-                    q.extend_from_slice(p.q.row(r));
-                }
-                work.bytes += bytes(q.len() / d.max(1), d);
-                tree.search(p, &q, far, near, self, &mut work);
+                // a generation needs. It stands in for what the last tile of queries lacks.
+                let m = (r1 - r0).div_ceil(self.block_stride_q);
+                tree.queries.fill(m.next_multiple_of(LANES), |i, _| {
+                    Some(p.q.row(r1 - 1 - if i < m { i * self.block_stride_q } else { 0 }))
+                });
+                work.bytes += bytes(m, d);
+                tree.search(far, near, self, &mut work);
                 for x in &tree.nodes {
                     let lo = far + x.start as usize * self.block_size_k;
                     lists.keys.extend(lo as u32..(lo + self.block_size_k).min(near) as u32);
@@ -122,28 +132,62 @@ impl Selector for HipAttention {
     }
 }
 
-/// Buffers of one head's searches.
-#[derive(Default)]
-struct Tree {
+/// Queries come in multiples of this: what a product has to offer anyway.
+const LANES: usize = 32;
+/// Halves scored by one product, whose scores then stay in cache.
+const HALVES: usize = 128;
+
+/// One head's keys and the buffers of its searches.
+struct Tree<'a> {
+    keys: Rows<'a>,
+    /// Representatives of some halves.
+    some: Rows<'static>,
+    queries: Columns,
+    /// Scores of all key blocks, where they are taken at once.
+    table: Vec<f32>,
     nodes: Vec<Node>,
     halves: Vec<Node>,
-    keys: Vec<f32>,
     scores: Vec<f32>,
     best: Vec<f32>,
+    ranks: Vec<u32>,
     order: Vec<u32>,
 }
 
-impl Tree {
+impl<'a> Tree<'a> {
+    fn new(p: &HeadProblem<'a>, c: &HipAttention) -> Self {
+        let d = p.k.cols;
+        let queries = c.block_size_q.div_ceil(c.block_stride_q).next_multiple_of(LANES);
+        Self {
+            keys: Rows::of(&p.k, 1, p.precision),
+            some: Rows::zeros(HALVES * c.block_size_k, d, p.precision),
+            queries: Columns::new(queries, 1, d, p.scale, p.precision),
+            table: Vec::new(),
+            nodes: Vec::new(),
+            halves: Vec::new(),
+            scores: Vec::new(),
+            best: Vec::new(),
+            ranks: Vec::new(),
+            order: Vec::new(),
+        }
+    }
+
     /// Leave in `nodes` the key blocks found in keys `lo..hi`, ascending.
-    fn search(&mut self, p: &HeadProblem, q: &[f32], lo: usize, hi: usize, c: &HipAttention, work: &mut Work) {
-        let (d, bk, n) = (p.k.cols, c.block_size_k, c.k / c.block_size_k);
-        let m = q.len() / d.max(1);
+    fn search(&mut self, lo: usize, hi: usize, c: &HipAttention, work: &mut Work) {
+        let (bk, n) = (c.block_size_k, c.k / c.block_size_k);
         let leaves = (hi - lo).div_ceil(bk);
         self.nodes.clear();
         self.nodes.extend((0..n).map(|i| {
             let (a, b) = (leaves * i / n, leaves * (i + 1) / n);
             Node { start: a as u32, len: (b - a) as u32 }
         }));
+        // Keys as they lie cost less than half of keys picked one by one. Where the levels together
+        // would look at half of the leaves, all are scored once and the levels look the scores up.
+        let longest = leaves.div_ceil(n);
+        let levels = (usize::BITS - (longest - 1).leading_zeros()) as usize;
+        let once = leaves <= 2 * (levels * 2 * n);
+        if once {
+            self.score_all(lo, hi, bk, work);
+        }
         // There are more leaves than nodes, so none is empty and every level has halves to prune.
         while self.nodes.iter().any(|x| x.len > 1) {
             self.halves.clear();
@@ -154,41 +198,51 @@ impl Tree {
                 }
                 self.halves.push(Node { start: x.start + first, len: x.len - first });
             }
-            self.keys.clear();
-            for x in &self.halves {
-                let at = lo + (x.start + x.len / 2) as usize * bk;
-                for j in at..at + bk {
-                    // Past the end of a short last block its last key stands in.
-                    self.keys.extend_from_slice(p.k.row(j.min(hi - 1)));
-                }
+            if once {
+                self.best.clear();
+                self.best.extend(self.halves.iter().map(|x| self.table[x.middle()]));
+            } else {
+                self.score_halves(lo, hi, bk, work);
             }
-            let rows = self.halves.len() * bk;
-            if self.scores.len() < m * rows {
-                self.scores.resize(m * rows, 0.0);
-            }
-            work.flops += abt(m, rows, d, p.scale, q, d, &self.keys, d, &mut self.scores);
-            work.bytes += bytes(rows, d);
-            self.best.clear();
-            self.best.extend_from_slice(&self.scores[..rows]);
-            for row in self.scores[rows..m * rows].chunks_exact(rows) {
-                for (b, s) in self.best.iter_mut().zip(row) {
-                    *b = b.max(*s);
-                }
-            }
-            for i in 0..self.halves.len() {
-                let x = self.best[i * bk..(i + 1) * bk].iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                self.best[i] = x;
-            }
-            let best = &self.best;
-            self.order.clear();
-            self.order.extend(0..self.halves.len() as u32);
-            self.order
-                .select_nth_unstable_by(n - 1, |&i, &j| best[j as usize].total_cmp(&best[i as usize]).then(i.cmp(&j)));
-            self.order.truncate(n);
-            // Halves are in order of position, so sorted indices keep the nodes sorted.
-            self.order.sort_unstable();
+            // Halves are in order of position, and so are the indices of the best.
+            topk_into(&self.best, n, &mut self.ranks, &mut self.order);
             self.nodes.clear();
             self.nodes.extend(self.order.iter().map(|&i| self.halves[i as usize]));
+        }
+    }
+
+    /// Fill `table` with the score of every key block of keys `lo..hi`.
+    fn score_all(&mut self, lo: usize, hi: usize, bk: usize, work: &mut Work) {
+        let (whole, stride) = ((hi - lo) / bk, self.queries.stride());
+        self.table.resize((hi - lo).div_ceil(bk), 0.0);
+        for (i, best) in self.table[..whole].chunks_mut(HALVES).enumerate() {
+            let at = lo + i * HALVES * bk;
+            work.flops += gemm::scores(&self.keys, at..at + best.len() * bk, &self.queries, &mut self.scores);
+            group_max(&self.scores, stride, bk, best);
+        }
+        let at = lo + whole * bk;
+        if at < hi {
+            work.flops += gemm::scores(&self.keys, at..hi, &self.queries, &mut self.scores);
+            group_max(&self.scores, stride, hi - at, &mut self.table[whole..]);
+        }
+        work.bytes += bytes(hi - lo, self.keys.width());
+    }
+
+    /// Fill `best` with the score of each half's middle block.
+    fn score_halves(&mut self, lo: usize, hi: usize, bk: usize, work: &mut Work) {
+        self.best.resize(self.halves.len(), 0.0);
+        for (halves, best) in self.halves.chunks(HALVES).zip(self.best.chunks_mut(HALVES)) {
+            for (i, x) in halves.iter().enumerate() {
+                let at = lo + x.middle() * bk;
+                let whole = bk.min(hi - at);
+                self.some.copy(i * bk, &self.keys, at..at + whole);
+                // Past the end of a short last block its last key stands in.
+                (whole..bk).for_each(|j| self.some.copy(i * bk + j, &self.keys, hi - 1..hi));
+            }
+            let rows = halves.len() * bk;
+            work.flops += gemm::scores(&self.some, 0..rows, &self.queries, &mut self.scores);
+            work.bytes += bytes(rows, self.keys.width());
+            group_max(&self.scores, self.queries.stride(), bk, best);
         }
     }
 }
@@ -219,8 +273,10 @@ pub const CARD: Card = Card {
          queries and masks the overlap; here the search stops where the first query's window begins, so no key is \
          found twice, and every query of the block may use the whole union.",
         "Sampled queries are counted from the block's last one, so that a shorter last block keeps its last query.",
-        "dense_layers is 0 by default so that one call on raw tensors shows the method; the paper keeps 3 dense layers \
-         (dense_layers=3, or a plan rule).",
+        "The first 3 layers stay dense, as in the paper. Raw tensors (foveal apply) belong to no layer: there the method \
+         itself runs.",
+        "Where the levels of the tree would look at half of the past or more (up to 8k tokens at the default k), every \
+         block of it is scored once and the levels look the scores up: the same choice, cheaper than gathering keys.",
         "The list is visited as single keys (gathered once per query block), not as blocks of block_size_k.",
     ],
     params: params_of::<HipAttention>,

@@ -15,12 +15,12 @@
 //!
 //! Which pattern with which sizes suits a head is found offline by [`search`].
 
-use super::estimate::{SOFTMAX_FLOPS, bytes, exp_row};
+use super::estimate::{SOFTMAX_FLOPS, bytes, hide};
 use super::mask::tile_pairs;
 use super::{HeadProblem, HeadSelection, Mat, Selector};
 use crate::error::{Error, Result};
-use crate::prim::gemm::abt;
-use crate::prim::pool::mean_blocks;
+use crate::prim::gemm::{self, Columns, Rows, abt, packed};
+use crate::prim::pool::{column_exp, column_max, mean_blocks};
 use crate::prim::select::topk;
 use crate::prim::{AttendOptions, attend, attend_selected};
 use crate::system::{Card, Config, Family, Growth, Law, Params, Slot, Spec, System, configure, params_of};
@@ -157,25 +157,29 @@ impl MInference {
             (Vec::new(), (0..tk as u32).collect())
         } else {
             let m = self.last_q.min(tq);
-            let mut scores = vec![0f32; m * tk];
-            let q = &p.q.data()[(tq - m) * p.q.stride..];
-            work.flops += abt(m, tk, d, p.scale, q, p.q.stride, p.k.data(), p.k.stride, &mut scores);
+            let k = Rows::of(&p.k, 1, p.precision);
+            let mut q = Columns::new(m, 1, d, p.scale, p.precision);
+            q.fill(m, |i, _| Some(p.q.row(tq - m + i)));
+            let mut scores = Vec::new();
+            work.flops += gemm::scores(&k, 0..tk, &q, &mut scores);
             work.bytes += bytes(m + tk, d);
+            let stride = q.stride();
+            let scores = &mut scores[..tk * stride];
+            let before = tk - m;
+            hide(scores, stride, m, |i| before + i + 1);
+            let mut top = vec![f32::NEG_INFINITY; stride];
+            column_max(scores, &mut top);
+            let mut inv = vec![0f32; stride];
+            column_exp(scores, &top, &mut inv);
+            inv.iter_mut().for_each(|s| *s = 1.0 / *s);
             let mut vertical = vec![0f32; tk];
             let mut slash = vec![0f32; tk];
-            for (i, row) in scores.chunks_exact_mut(tk).enumerate() {
-                let seen = tk - m + i + 1;
-                let row = &mut row[..seen];
-                let inv = exp_row(row);
-                for (v, x) in vertical.iter_mut().zip(row.iter_mut()) {
-                    *x *= inv;
-                    *v += *x;
-                }
-                for (s, x) in slash[..seen].iter_mut().rev().zip(row) {
-                    *s += *x;
-                }
-                work.flops += ((SOFTMAX_FLOPS + 3) * seen) as u64;
+            for (j, (row, v)) in scores.chunks_exact(stride).zip(&mut vertical).enumerate() {
+                // Column i is the query at position before + i: diagonals of a key are consecutive.
+                let first = j.saturating_sub(before);
+                *v = spread(&row[first..m], &inv[first..m], &mut slash[before + first - j..]);
             }
+            work.flops += ((SOFTMAX_FLOPS + 3) * (m * before + m * (m + 1) / 2)) as u64;
             vertical[..self.sinks.min(tk)].fill(f32::INFINITY);
             slash[..self.recent.max(1).min(tk)].fill(f32::INFINITY);
             (topk(&vertical, vertical_size.max(self.sinks)), topk(&slash, slash_size.max(self.recent.max(1))))
@@ -265,6 +269,28 @@ impl MInference {
     }
 }
 
+/// to[i] += x[i] · by[i]; returns the sum of these products, in eight chains.
+fn spread(x: &[f32], by: &[f32], to: &mut [f32]) -> f32 {
+    let to = &mut to[..x.len()];
+    let (x8, x1) = x.as_chunks::<8>();
+    let (b8, b1) = by.as_chunks::<8>();
+    let (t8, t1) = to.as_chunks_mut::<8>();
+    let mut sums = [0f32; 8];
+    for ((x, b), t) in x8.iter().zip(b8).zip(t8) {
+        for c in 0..8 {
+            let y = x[c] * b[c];
+            t[c] += y;
+            sums[c] += y;
+        }
+    }
+    let mut sum = sums.iter().sum::<f32>();
+    for ((x, b), t) in x1.iter().zip(b1).zip(t1) {
+        *t += x * b;
+        sum += x * b;
+    }
+    sum
+}
+
 /// Query blocks scored by one product.
 const PANEL: usize = 64;
 
@@ -337,7 +363,7 @@ pub fn search(p: &HeadProblem, v: &Mat, options: &SearchOptions) -> Result<Found
         });
     }
     let tensor = |m: &Mat| -> Result<Tensor> {
-        Ok(Tensor::from_vec(super::estimate::packed(m, m.rows).into_owned(), (1, 1, m.rows, m.cols), &Device::Cpu)?)
+        Ok(Tensor::from_vec(packed(m, m.rows).into_owned(), (1, 1, m.rows, m.cols), &Device::Cpu)?)
     };
     let (q, k, vals) = (tensor(&p.q)?, tensor(&p.k)?, tensor(v)?);
     let o = AttendOptions { scale: Some(p.scale), ..AttendOptions::causal() };

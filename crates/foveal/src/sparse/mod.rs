@@ -10,6 +10,7 @@ pub mod run;
 pub mod xattention;
 
 use crate::error::Result;
+pub use crate::prim::gemm::Precision;
 use crate::system::Card;
 use foveal_kernels::{HeadKeys, HeadTable, Work};
 
@@ -60,6 +61,9 @@ pub struct HeadProblem<'a> {
     pub layer: usize,
     /// Query head number.
     pub head: usize,
+    /// How exact products need to be. What is estimated in bf16 may differ in decisions that are
+    /// close to a tie.
+    pub precision: Precision,
 }
 
 impl HeadProblem<'_> {

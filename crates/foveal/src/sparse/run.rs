@@ -1,12 +1,15 @@
 //! Run selectors over all heads of a problem, then attend over what they chose.
 
-use super::{HeadProblem, HeadSelection, Mat, Selector};
+use super::{HeadProblem, HeadSelection, Mat, Precision, Selector};
 use crate::error::{Error, Result};
 use crate::prim::{AttendOptions, Attended, attend, attend_selected};
 use candle_core::Tensor;
 use foveal_kernels::Work;
 use rayon::prelude::*;
 use std::time::{Duration, Instant};
+
+/// The layer number of tensors that belong to no model: past every layer that a system treats apart.
+pub const NO_LAYER: usize = usize::MAX;
 
 /// Attention under a prefill system.
 pub struct Prefilled {
@@ -21,8 +24,8 @@ pub struct Prefilled {
 }
 
 /// Causal attention of q (B, H, Tq, D) over k, v (B, H_kv, Tk, D): each query head by the selector
-/// that `system` names for it, `None` meaning exact attention. q and k are f32.
-/// `layer` is handed to the selectors.
+/// that `system` names for it, `None` meaning exact attention. q and k are f32, and so are estimates.
+/// `layer` is handed to the selectors; [`NO_LAYER`] for tensors of no model.
 pub fn prefill<'s>(
     system: impl Fn(usize) -> Option<&'s dyn Selector> + Sync,
     q: &Tensor,
@@ -68,6 +71,7 @@ pub fn prefill<'s>(
                         scale,
                         layer,
                         head: hi,
+                        precision: Precision::F32,
                     };
                     match system(hi) {
                         Some(s) => s.select(&problem),

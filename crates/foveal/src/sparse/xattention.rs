@@ -7,12 +7,13 @@
 //!
 //! q (Tq, D), k (Tk, D) → a table of (block_size × block_size) blocks. Cost: T²·D/S flops for the
 //! scores (1/(2S) of dense causal scores and values together), T²/(2S²) exponentials, memory
-//! O(T·block_size/S²) for one row of query blocks at a time.
+//! 32·T/S for two tiles of reshaped queries at a time, and the keys in the precision of the estimate.
 
-use super::estimate::{SOFTMAX_FLOPS, bytes, exp_row, packed};
+use super::estimate::{SOFTMAX_FLOPS, bytes, hide};
 use super::{HeadProblem, HeadSelection, Selector};
 use crate::error::Result;
-use crate::prim::gemm::abt;
+use crate::prim::gemm::{self, Columns, Rows};
+use crate::prim::pool::{column_exp, column_max};
 use crate::system::{Card, Config, Family, Growth, Law, Params, Slot, System, configure, params_of};
 use foveal_kernels::{HeadTable, Work};
 use serde::{Deserialize, Serialize};
@@ -64,61 +65,90 @@ impl Selector for XAttention {
             let blocks = Some(HeadTable::dense_causal(b, b, tq, tk));
             return Ok((HeadSelection { blocks, keys: None }, work));
         }
-        // S consecutive key rows are one row of the reshaped keys, in place.
-        let groups = tk.div_ceil(s);
-        let k = packed(&p.k, groups * s);
-        let width = s * d;
-        let mut q = vec![0f32; b / s * width];
-        let mut scores = vec![0f32; b / s * groups];
+        // S consecutive key rows are one row of the reshaped keys; the queries of a few blocks,
+        // reversed within each group of S, are the columns of one product.
+        let k = Rows::of(&p.k, s, p.precision);
+        let (groups, per) = (tk.div_ceil(s), b / s);
+        let panel = (PANEL / per).max(1) * b;
+        let mut q = Columns::new(panel / s, s, d, p.scale / s as f32, p.precision);
+        let mut scores = Vec::new();
+        let (mut top, mut sum, mut weights) = (Vec::new(), Vec::new(), Vec::new());
         let mut weight = vec![0f32; tk.div_ceil(b)];
         let mut order: Vec<u32> = Vec::with_capacity(weight.len());
         let mut lists = Vec::with_capacity(tq.div_ceil(b));
-        for r0 in (0..tq).step_by(b) {
-            let r1 = (r0 + b).min(tq);
-            let m = (r1 - r0).div_ceil(s);
-            q[..m * width].fill(0.0);
-            for r in r0..r1 {
-                let (i, t) = ((r - r0) / s, s - 1 - (r - r0) % s);
-                q[i * width + t * d..][..d].copy_from_slice(p.q.row(r));
-            }
+        for p0 in (0..tq).step_by(panel) {
+            let p1 = (p0 + panel).min(tq);
+            let m = (p1 - p0).div_ceil(s);
+            q.fill(m, |i, t| {
+                let r = p0 + i * s + s - 1 - t;
+                (r < p1).then(|| p.q.row(r))
+            });
             // A group of keys takes part once its last key is no later than the group of queries.
-            let seen = |i: usize| ((off + r0 + i * s) / s + 1).min(groups);
+            let seen = |i: usize| ((off + p0 + i * s) / s + 1).min(groups);
             let n = seen(m - 1);
-            work.flops += abt(m, n, width, p.scale / s as f32, &q, width, &k, width, &mut scores);
-            work.bytes += bytes(r1 - r0, d) + bytes((n * s).min(tk), d);
-            let blocks = (off + r1 - 1) / b + 1;
-            weight[..blocks].fill(0.0);
-            for (i, row) in scores[..m * n].chunks_exact_mut(n).enumerate() {
-                let row = &mut row[..seen(i)];
-                let inv = exp_row(row);
-                work.flops += (SOFTMAX_FLOPS * row.len()) as u64;
-                for (w, block) in weight.iter_mut().zip(row.chunks(b / s)) {
-                    *w += inv * block.iter().sum::<f32>();
+            work.flops += gemm::scores(&k, 0..n, &q, &mut scores);
+            work.bytes += bytes(p1 - p0, d) + bytes((n * s).min(tk), d);
+            let stride = q.stride();
+            let scores = &mut scores[..n * stride];
+            hide(scores, stride, m, seen);
+            refill(&mut top, stride, f32::NEG_INFINITY);
+            column_max(scores, &mut top);
+            // Sums over the keys of each block; their sum is the normaliser.
+            let blocks = n.div_ceil(per);
+            refill(&mut weights, blocks * stride, 0.0);
+            refill(&mut sum, stride, 0.0);
+            for (x, w) in scores.chunks_mut(per * stride).zip(weights.chunks_exact_mut(stride)) {
+                column_exp(x, &top, w);
+                sum.iter_mut().zip(w).for_each(|(s, w)| *s += *w);
+            }
+            work.flops += (0..m).map(|i| ((SOFTMAX_FLOPS + 1) * seen(i)) as u64).sum::<u64>();
+            sum.iter_mut().for_each(|s| *s = 1.0 / *s);
+            for r0 in (p0..p1).step_by(b) {
+                let r1 = (r0 + b).min(p1);
+                let columns = (r0 - p0) / s..(r1 - p0).div_ceil(s);
+                // Blocks that hold the queries' own positions may lie past the last whole group.
+                let blocks = (off + r1 - 1) / b + 1;
+                weight[..blocks].fill(0.0);
+                for (w, of) in weight[..blocks].iter_mut().zip(weights.chunks_exact(stride)) {
+                    *w = of[columns.clone()].iter().zip(&sum[columns.clone()]).map(|(w, inv)| w * inv).sum();
                 }
-                work.flops += row.len() as u64;
+                lists.push(self.heaviest(&weight[..blocks], (off + r0) / b, &mut order));
             }
-            // Block 0 and the blocks of the queries' own positions come first, whatever they weigh.
-            let own = (off + r0) / b;
-            let total: f64 = weight[..blocks].iter().map(|&w| f64::from(w)).sum();
-            let mut held: f64 = weight[own..blocks].iter().map(|&w| f64::from(w)).sum();
-            let mut list: Vec<u32> = (own as u32..blocks as u32).collect();
-            if own > 0 {
-                held += f64::from(weight[0]);
-                list.push(0);
-            }
-            order.clear();
-            order.extend(1..own.max(1) as u32);
-            order.sort_unstable_by(|&x, &y| weight[y as usize].total_cmp(&weight[x as usize]).then(x.cmp(&y)));
-            for &x in &order {
-                if held >= total * self.threshold {
-                    break;
-                }
-                held += f64::from(weight[x as usize]);
-                list.push(x);
-            }
-            lists.push(list);
         }
         Ok((HeadSelection { blocks: Some(HeadTable::from_lists(b, b, lists)), keys: None }, work))
+    }
+}
+
+/// Columns (groups of queries) of one product: two tiles.
+const PANEL: usize = 32;
+
+/// `n` elements `x`.
+fn refill(v: &mut Vec<f32>, n: usize, x: f32) {
+    v.clear();
+    v.resize(n, x);
+}
+
+impl XAttention {
+    /// Block 0 and the blocks from `own` on, whatever they weigh, then the heaviest others.
+    fn heaviest(&self, weight: &[f32], own: usize, order: &mut Vec<u32>) -> Vec<u32> {
+        let total: f64 = weight.iter().map(|&w| f64::from(w)).sum();
+        let mut held: f64 = weight[own..].iter().map(|&w| f64::from(w)).sum();
+        let mut list: Vec<u32> = (own as u32..weight.len() as u32).collect();
+        if own > 0 {
+            held += f64::from(weight[0]);
+            list.push(0);
+        }
+        order.clear();
+        order.extend(1..own.max(1) as u32);
+        order.sort_unstable_by(|&x, &y| weight[y as usize].total_cmp(&weight[x as usize]).then(x.cmp(&y)));
+        for &x in &*order {
+            if held >= total * self.threshold {
+                break;
+            }
+            held += f64::from(weight[x as usize]);
+            list.push(x);
+        }
+        list
     }
 }
 
