@@ -113,7 +113,7 @@ pub fn product(rows: &Bf16Rows, range: Range<usize>, columns: &Bf16Columns, out:
     unsafe { imp::product(from, m.div_ceil(TILE), columns, out) }
 }
 
-/// acc[i] = max(acc[i], x[j][i]) over the rows j of x (rows, acc.len()). Panics unless the length
+/// `acc[i] = max(acc[i], x[j][i])` over the rows j of x (rows, acc.len()). Panics unless the length
 /// of `acc` is a multiple of 16.
 pub fn column_max(x: &[f32], acc: &mut [f32], isa: Isa) {
     assert!(acc.len().is_multiple_of(TILE), "columns come in multiples of 16");
@@ -121,7 +121,7 @@ pub fn column_max(x: &[f32], acc: &mut [f32], isa: Isa) {
     unsafe { column_max_isa(isa.min(Isa::detect()), x, acc) }
 }
 
-/// x[j][i] = e^{x[j][i] − top[i]} for x (rows, top.len()), and sum[i] += x[j][i]. Entries are at
+/// `x[j][i] = e^{x[j][i] − top[i]}` for x (rows, top.len()), and `sum[i] += x[j][i]`. Entries are at
 /// most `top`, or −∞, which gives 0. Panics unless the lengths agree and are a multiple of 16.
 pub fn column_exp(x: &mut [f32], top: &[f32], sum: &mut [f32], isa: Isa) {
     assert!(top.len().is_multiple_of(TILE) && sum.len() == top.len(), "columns come in multiples of 16");
@@ -129,7 +129,7 @@ pub fn column_exp(x: &mut [f32], top: &[f32], sum: &mut [f32], isa: Isa) {
     unsafe { column_exp_isa(isa.min(Isa::detect()), x, top, sum) }
 }
 
-/// out[g] = the largest entry of rows g·group.. of x (out.len() · group, width). Panics unless
+/// `out[g]` = the largest entry of rows g·group.. of x (out.len() · group, width). Panics unless
 /// `width` is a positive multiple of 16 and x has the rows.
 pub fn group_max(x: &[f32], width: usize, group: usize, out: &mut [f32], isa: Isa) {
     assert!(width > 0 && width.is_multiple_of(TILE) && group > 0, "columns come in multiples of 16");

@@ -641,7 +641,7 @@ fn extreme_decays() {
 fn extreme<T: Element>(mut x: Data<T>, decay: f32) {
     let w = x.s.gate_width();
     for (i, g) in x.g.iter_mut().enumerate() {
-        *g = if i / w % 3 == 0 { decay } else { -1e-3 };
+        *g = if (i / w).is_multiple_of(3) { decay } else { -1e-3 };
     }
     check_forward(&x);
     if decay.is_finite() {

@@ -56,7 +56,7 @@ impl Default for CompareOptions {
             attention: AttentionDtype::fastest(),
             decode_steps: 16,
             probe_rows: 64,
-            repeat_seconds: 2.0,
+            repeat_seconds: 1.0,
         }
     }
 }

@@ -219,7 +219,7 @@ struct Visit {
 /// Weights stay below 2^ROOM, so that their sums stay below 2^128.
 const ROOM: f32 = 96.0;
 /// Of a cubic that is 2^f on 0..=1 to 9e-5 and exact at 0.
-const CUBIC: [f32; 4] = [7.706_72e-2, 0.227_644_82, 0.695_116_82, 1.0];
+const CUBIC: [f32; 4] = [7.706_72e-2, 0.227_644_8, 0.695_116_8, 1.0];
 
 /// 2^x to 9e-5, exact at 0, with `half` added to the mantissa; −∞ gives 0, NaN stays NaN.
 #[inline(always)]

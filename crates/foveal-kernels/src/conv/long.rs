@@ -1,6 +1,6 @@
 //! Convolution with a filter as long as the sequence, by fast transform, forward and backward.
 //!
-//! y[c, t] = Σ_s h[c, s] · u[c, t − s] + d[c] · u[c, t]: the mixer of H3 and Hyena (Poli et al. 2023, arXiv
+//! `y[c, t] = Σ_s h[c, s] · u[c, t − s] + d[c] · u[c, t]`: the mixer of H3 and Hyena (Poli et al. 2023, arXiv
 //! 2302.10866), SGConv (Li et al. 2022, arXiv 2210.09298) and any kernel form of a linear recurrence. The cost is
 //! O(T log T) a channel. One channel stays in a core's cache from its samples to its result: nothing between
 //! the two transforms goes to memory. A filter much shorter than the sequence is applied block by block

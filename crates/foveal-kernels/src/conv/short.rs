@@ -1,6 +1,6 @@
 //! Short causal depthwise convolution, forward, backward and by single steps.
 //!
-//! y[c, t] = act(bias[c] + Σ_k w[c, k] · x[c, t − W + 1 + k]) with act the identity or SiLU: the local mixing
+//! `y[c, t] = act(bias[c] + Σ_k w[c, k] · x[c, t − W + 1 + k])` with act the identity or SiLU: the local mixing
 //! before the recurrences of Mamba (Gu and Dao 2023, arXiv 2312.00752), Hyena and Gated DeltaNet; a token shift
 //! is the case W = 2. Weights are in the order of a depthwise `conv1d`: the last tap meets the newest sample.
 //! The state of a sequence is its last W − 1 inputs, (S, C, W − 1), oldest first.

@@ -1,7 +1,7 @@
 //! Slow `f64` twins of the convolutions: their documentation and their judge. Memory is contiguous
 //! (B, C, T); filters are (C, L), shared over the batch.
 
-/// y[c, t] = Σ_s h[c, s] · u[c, t − s] + d[c] · u[c, t]; indices before 0 read zero, or with `circular` the other end.
+/// `y[c, t] = Σ_s h[c, s] · u[c, t − s] + d[c] · u[c, t]`; indices before 0 read zero, or with `circular` the other end.
 pub fn long_conv(h: &[f64], u: &[f64], d: &[f64], [b, c, t]: [usize; 3], l: usize, circular: bool) -> Vec<f64> {
     let mut y = vec![0.0; b * c * t];
     for r in 0..b * c {
@@ -40,7 +40,7 @@ pub fn long_conv_backward(
     (du, dh, dd)
 }
 
-/// y[c, t] = act(bias[c] + Σ_k w[c, k] · x[c, t − W + 1 + k]), act the identity or SiLU. `past` (B, C, W − 1) holds
+/// `y[c, t] = act(bias[c] + Σ_k w[c, k] · x[c, t − W + 1 + k])`, act the identity or SiLU. `past` (B, C, W − 1) holds
 /// the inputs before time 0.
 pub fn short_conv(
     x: &[f64],

@@ -100,7 +100,7 @@ pub enum Gate<'a, T> {
         /// (H).
         a: &'a [f32],
     },
-    /// S_t[n, c] = e^{dt[c]·a[c, n]} S_{t−1}[n, c] + dt[c] k[n] v[c] with dt by value channel, k = B, q = C, v = x (selective
+    /// `S_t[n, c] = e^{dt[c]·a[c, n]} S_{t−1}[n, c] + dt[c] k[n] v[c]` with dt by value channel, k = B, q = C, v = x (selective
     /// scan of Mamba: Gu and Dao 2023, arXiv 2312.00752).
     Selective {
         /// (B, heads, T, Dv), ≥ 0.

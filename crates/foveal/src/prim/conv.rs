@@ -116,7 +116,7 @@ pub(super) fn gradient(x: Vec<f32>, like: &Tensor) -> candle_core::Result<Option
     Ok(Some(Tensor::from_vec(x, like.shape(), &Device::Cpu)?.to_dtype(like.dtype())?))
 }
 
-/// y[b, c, t] = Σ_s h[c, s] · u[b, c, t − s] + d[c] · u[b, c, t], in O(T log T).
+/// `y[b, c, t] = Σ_s h[c, s] · u[b, c, t − s] + d[c] · u[b, c, t]`, in O(T log T).
 ///
 /// `h` is (C, L), or (B, C, L) for a filter of each row's own; `u` (B, C, T); `d` (C), zero if absent.
 pub fn long_conv(h: &Tensor, u: &Tensor, d: Option<&Tensor>, boundary: Boundary) -> Result<Convolved> {
@@ -198,7 +198,7 @@ impl CustomOp3 for LongOp {
     }
 }
 
-/// Short causal depthwise convolution with optional SiLU: y[c, t] = act(bias[c] + Σ_k w[c, k] · x[c, t − W + 1 + k]).
+/// Short causal depthwise convolution with optional SiLU: `y[c, t] = act(bias[c] + Σ_k w[c, k] · x[c, t − W + 1 + k])`.
 ///
 /// `x` is (B, C, T), `weight` (C, W), `bias` (C), `past` the W − 1 inputs before the first, (B, C, W − 1), zeros if
 /// absent. The returned state is the next call's `past`.

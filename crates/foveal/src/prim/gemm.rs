@@ -138,7 +138,7 @@ impl Columns {
     }
 }
 
-/// out[j][i] = factor · row j of `range` · column i, in rows of `columns.stride()`, of which those
+/// `out[j][i]` = factor · row j of `range` · column i, in rows of `columns.stride()`, of which those
 /// past the columns are zero. `out` grows as needed. Returns the FLOPs done.
 pub fn scores(rows: &Rows, range: Range<usize>, columns: &Columns, out: &mut Vec<f32>) -> u64 {
     let (m, n, k, stride) = (range.len(), columns.n, rows.width, columns.stride());

@@ -4,18 +4,18 @@
 use crate::sparse::Mat;
 use foveal_kernels::{Isa, scores};
 
-/// top[i] = max(top[i], x[j][i]) over the rows j of `x`, `top.len()` entries apart.
+/// `top[i] = max(top[i], x[j][i])` over the rows j of `x`, `top.len()` entries apart.
 pub fn column_max(x: &[f32], top: &mut [f32]) {
     scores::column_max(x, top, Isa::active());
 }
 
-/// x[j][i] = e^{x[j][i] − top[i]}, and sum[i] += x[j][i]: with `top` from [`column_max`], the
-/// softmax over keys but for the factor 1/sum[i]. −∞ gives 0.
+/// `x[j][i] = e^{x[j][i] − top[i]}`, and `sum[i] += x[j][i]`: with `top` from [`column_max`], the
+/// softmax over keys but for the factor `1/sum[i]`. −∞ gives 0.
 pub fn column_exp(x: &mut [f32], top: &[f32], sum: &mut [f32]) {
     scores::column_exp(x, top, sum, Isa::active());
 }
 
-/// out[g] = the largest entry of the rows g·group..(g+1)·group of `x`, `stride` entries apart.
+/// `out[g]` = the largest entry of the rows g·group..(g+1)·group of `x`, `stride` entries apart.
 pub fn group_max(x: &[f32], stride: usize, group: usize, out: &mut [f32]) {
     scores::group_max(x, stride, group, out, Isa::active());
 }
