@@ -8,6 +8,8 @@
 
 #![warn(missing_docs)]
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 pub mod attend;
 pub mod conv;
 pub mod decode;

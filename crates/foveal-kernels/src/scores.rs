@@ -220,22 +220,13 @@ mod imp {
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod imp {
     use super::{Bf16Columns, Line, STEP, TILE};
+    use crate::amx::Tiles;
     use crate::simd::transpose;
     use std::arch::asm;
     use std::arch::x86_64::*;
 
     /// Bytes of a line.
     const LINE: usize = 64;
-
-    /// The operand of `ldtilecfg`: eight tiles of 16 rows of 64 bytes.
-    #[repr(C, align(64))]
-    struct Config {
-        palette: u8,
-        start_row: u8,
-        reserved: [u8; 14],
-        colsb: [u16; 16],
-        rows: [u8; 16],
-    }
 
     /// Round `factor · x` to lines, zeros after it.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
@@ -307,13 +298,10 @@ mod imp {
         let (depth, width) = (columns.depth, columns.width());
         let (a, c): (*const u8, *mut u8) = (rows.as_ptr().cast(), out.as_mut_ptr().cast());
         let (a_line, c_line) = (depth * LINE, width * 4);
-        let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], colsb: [0; 16], rows: [0; 16] };
-        config.colsb[..8].fill(LINE as u16);
-        config.rows[..8].fill(TILE as u8);
-        // SAFETY: reads the 64 bytes of `config`. Tiles are used by nobody else until they are released;
-        // every load and store is within the rows, columns and scores counted above.
+        // SAFETY: AMX by the contract; every load and store is within the rows, columns and scores
+        // counted above.
         unsafe {
-            asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, preserves_flags));
+            let _tiles = Tiles::new();
             for (pair, b) in columns.lines.chunks_exact((2 * TILE * depth).max(1)).enumerate() {
                 let (b, c): (*const u8, _) = (b.as_ptr().cast(), c.add(pair * 2 * LINE));
                 if depth == 2 {
@@ -329,7 +317,6 @@ mod imp {
                     }
                 }
             }
-            asm!("tilerelease", options(nostack, preserves_flags));
         }
     }
 

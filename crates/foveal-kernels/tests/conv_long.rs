@@ -4,34 +4,15 @@
 //! The plain code is what everyone writes: pad to a power of two, a textbook radix-2 transform in f32, a
 //! product, and back.
 
+mod common;
+
+use common::{f64s, noise, transposed, worst};
 use foveal_kernels::conv::{Boundary, LongConv, LongGrads, Signal, SignalMut, long_conv, long_conv_backward, twin};
 use foveal_kernels::{Element, Isa};
 use half::bf16;
 
-fn noise(n: usize, seed: u64) -> Vec<f32> {
-    let mut s = seed;
-    let next = || {
-        s = s.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (s ^ (s >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) >> 40) as f32 / (1u32 << 23) as f32 - 1.0
-    };
-    std::iter::repeat_with(next).take(n).collect()
-}
-
-fn f64s(x: &[f32]) -> Vec<f64> {
-    x.iter().map(|&x| f64::from(x)).collect()
-}
-
-fn worst(a: &[f32], b: &[f64]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let e = |(a, b): (&f32, &f64)| (f64::from(*a) - b).abs();
-    a.iter().zip(b).map(e).fold(0.0, |m, e| if e > m || e.is_nan() { e } else { m })
-}
-
 fn within(what: &str, factor: f64, got: &[f32], plain: &[f32], want: &[f64]) {
-    let (g, p) = (worst(got, want), worst(plain, want));
-    assert!(g <= factor * p, "{what}: error {g:e}, plain code {p:e}");
+    common::within(what, factor, 0.0, got, plain, want);
 }
 
 /// Textbook transform of (re, im), length a power of two.
@@ -124,10 +105,6 @@ fn plain_forward(k: Case, x: &Data) -> Vec<f32> {
         fold(&pad, t, k.boundary).iter().zip(u).map(|(y, u)| y + x.d[r % c] * u).collect::<Vec<_>>()
     };
     (0..b * c).flat_map(row).collect()
-}
-
-fn transposed(x: &[f32], [b, c, t]: [usize; 3]) -> Vec<f32> {
-    (0..b * c * t).map(|i| x[i / (c * t) * c * t + i % c * t + i / c % t]).collect()
 }
 
 #[test]

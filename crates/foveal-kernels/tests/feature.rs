@@ -1,35 +1,14 @@
 //! Feature attention against its f64 twin: error rule, gradients, and the forms against each other.
 
+mod common;
+
+use common::{f64s, noise, worst};
 use foveal_kernels::feature::{FeatureAttend, FeatureGrads, FeatureState, ToeplitzForm, twin};
 use foveal_kernels::{Isa, View, ViewMut, Work};
 use half::bf16;
 
-fn noise(n: usize, seed: u64) -> Vec<f32> {
-    let mut s = seed;
-    let next = || {
-        s = s.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (s ^ (s >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) >> 40) as f32 / (1u32 << 23) as f32 - 1.0
-    };
-    std::iter::repeat_with(next).take(n).collect()
-}
-
-fn f64s(x: &[f32]) -> Vec<f64> {
-    x.iter().map(|&x| f64::from(x)).collect()
-}
-
-fn worst(a: &[f32], b: &[f64]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let e = |(a, b): (&f32, &f64)| (f64::from(*a) - b).abs();
-    a.iter().zip(b).map(e).fold(0.0, |m, e| if e > m || e.is_nan() { e } else { m })
-}
-
 fn within(what: &str, factor: f64, got: &[f32], plain: &[f32], want: &[f64]) {
-    let (g, p) = (worst(got, want), worst(plain, want));
-    // Two roundings of the largest value are always allowed: with few elements the plain code may be exact by luck.
-    let floor = want.iter().fold(0f64, |a, x| a.max(x.abs())) * 2.0 * f64::from(f32::EPSILON);
-    assert!(g <= (factor * p).max(floor), "{what}: error {g:e}, plain code {p:e}, floor {floor:e}");
+    common::within(what, factor, 2.0, got, plain, want);
 }
 
 #[derive(Clone, Copy, Debug)]

@@ -17,6 +17,7 @@
 
 use super::drive::{Call, Scratch, Source, WORK_TILE};
 use super::strip::{Finish, MAX_STRIP, NO_MAX};
+use crate::amx::Tiles;
 use crate::exp::LOG2_E;
 use crate::simd::transpose;
 use crate::work::Work;
@@ -26,47 +27,14 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-/// Keys of a tile: a multiple of 32. Twice that many bytes times 64 queries are the scores.
+/// Keys of a tile: a multiple of 32. Four times that many bytes times [`STRIP`] are the scores.
 pub(super) const KEYS: usize = 256;
 /// Bytes of a row, rows, and bytes of an AMX tile.
 const LINE: usize = 64;
 const ROWS: usize = 16;
 const TILE: usize = LINE * ROWS;
-/// Queries of a strip.
+/// Queries of a strip: what stays in tiles while its keys go by.
 const STRIP: usize = 32;
-
-/// The operand of `ldtilecfg`: eight tiles of 16 rows of 64 bytes.
-#[repr(C, align(64))]
-struct Config {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    colsb: [u16; 16],
-    rows: [u8; 16],
-}
-
-/// Configured tiles; gives them back when dropped, so that the thread's state is small again.
-struct Tiles;
-
-impl Tiles {
-    /// # Safety
-    /// The machine has AMX and the process may use it.
-    unsafe fn new() -> Self {
-        let mut c = Config { palette: 1, start_row: 0, reserved: [0; 14], colsb: [0; 16], rows: [0; 16] };
-        c.colsb[..8].fill(LINE as u16);
-        c.rows[..8].fill(ROWS as u8);
-        // Reads 64 bytes, all of `c`; without `nomem` the compiler has written all of them before.
-        asm!("ldtilecfg [{}]", in(reg) &raw const c, options(nostack, preserves_flags));
-        Tiles
-    }
-}
-
-impl Drop for Tiles {
-    fn drop(&mut self) {
-        // SAFETY: `new` ran on this thread; only tile state is touched.
-        unsafe { asm!("tilerelease", options(nostack, preserves_flags)) }
-    }
-}
 
 /// Operands of one product of up to 2 × 2 tiles, C = Σ A·B over `steps`; all distances in bytes.
 struct Product {
@@ -253,7 +221,7 @@ unsafe fn references<const NV: usize>(t: &Visit) {
         }
     }
     if !t.masks.is_null() {
-        hide::<NV>(t.masks, 0, t.nk, t.s);
+        hide::<NV>(t.masks, t.nk, t.s);
     }
     let zero = _mm512_setzero_ps();
     let (mut old, mut top) = ([zero; NV], [zero; NV]);
@@ -282,9 +250,7 @@ unsafe fn references<const NV: usize>(t: &Visit) {
         _mm512_storeu_ps(t.m.add(v * 16), top[v]);
         corr[v] = exp2(_mm512_mul_ps(_mm512_sub_ps(old[v], top[v]), c), 0.0);
     }
-    // Rows of the last 32 keys that are none.
-    let whole = t.nk.next_multiple_of(32);
-    std::slice::from_raw_parts_mut(t.s.add(t.nk * w), (whole - t.nk) * w).fill(f32::NEG_INFINITY);
+    no_keys::<NV>(t.s, t.nk);
     for v in 0..NV {
         let at = t.l.add(v * 16);
         _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), corr[v]));
@@ -316,51 +282,50 @@ unsafe fn bounded<const NV: usize>(t: &Visit) -> bool {
     fits == 0xffff
 }
 
-/// Scores of 32 keys (rows of `s`, 16·V queries from the strip's vector `v0` on) to weights (16 rows
-/// of pairs of the whole strip, `to`), with the references in `m` as they are; adds to `l`.
+/// Scores of 32 keys (rows of `s`) to weights (16 rows of pairs, `to`), with the references in `m` as
+/// they are; adds to `l`. In place if `to` is `s`: rows are read no later than they are written.
 #[inline(always)]
-unsafe fn weights<const NV: usize, const V: usize>(t: &Visit, v0: usize, s: *const f32, to: *mut f32) {
+unsafe fn weights<const NV: usize>(t: &Visit, s: *const f32, to: *mut f32) {
     // Half a step of bf16 between 1 and 2.
     const HALF: f32 = 1.0 / 256.0;
     let c = _mm512_set1_ps(t.c);
     let ones = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi16(0x3f80));
-    let mut base = [_mm512_setzero_ps(); V];
-    let mut sum = [[_mm512_setzero_ps(); 2]; V];
-    for v in 0..V {
+    let mut base = [_mm512_setzero_ps(); NV];
+    let mut sum = [[_mm512_setzero_ps(); 2]; NV];
+    for v in 0..NV {
         // Finite, so that −∞ less the reference of a row that saw nothing is −∞.
-        base[v] = _mm512_mul_ps(_mm512_loadu_ps(t.m.add((v0 + v) * 16)), c);
+        base[v] = _mm512_mul_ps(_mm512_loadu_ps(t.m.add(v * 16)), c);
         base[v] = _mm512_max_ps(base[v], _mm512_set1_ps(NO_MAX));
-        sum[v][0] = _mm512_loadu_ps(t.l.add((v0 + v) * 16));
+        sum[v][0] = _mm512_loadu_ps(t.l.add(v * 16));
     }
     for r in (0..16).step_by(2) {
-        for v in 0..V {
+        for v in 0..NV {
             for odd in 0..2 {
                 let r = r + odd;
-                let at = s.add((2 * r * V + v) * 16);
+                let at = s.add((2 * r * NV + v) * 16);
                 let a = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at), c, base[v]), HALF);
-                let b = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at.add(V * 16)), c, base[v]), HALF);
+                let b = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at.add(NV * 16)), c, base[v]), HALF);
                 // High halves, paired as a right operand wants them.
                 let a = _mm512_srli_epi32::<16>(_mm512_castps_si512(a));
                 let pair = _mm512_mask_blend_epi16(0xaaaa_aaaa, a, _mm512_castps_si512(b));
                 let weights = std::mem::transmute::<__m512i, __m512bh>(pair);
                 sum[v][odd] = _mm512_dpbf16_ps(sum[v][odd], weights, ones);
-                _mm512_storeu_si512(to.add((r * NV + v0 + v) * 16).cast(), pair);
+                _mm512_storeu_si512(to.add((r * NV + v) * 16).cast(), pair);
             }
         }
     }
-    for v in 0..V {
-        _mm512_storeu_ps(t.l.add((v0 + v) * 16), _mm512_add_ps(sum[v][0], sum[v][1]));
+    for v in 0..NV {
+        _mm512_storeu_ps(t.l.add(v * 16), _mm512_add_ps(sum[v][0], sum[v][1]));
     }
 }
 
-/// Scores of 32 keys, 32·j.. of a visit, and 16·V queries from the strip's vector `v0` on, in rows of
-/// `s_line` bytes. Heads 64 wide: with the queries loaded (V = 2).
+/// Scores of 32 keys, 32·j.. of a visit. Heads 64 wide and whole strips: with the queries loaded.
 #[inline(always)]
-unsafe fn scores<const NV: usize, const V: usize>(t: &Visit, j: usize, v0: usize, s: *mut u8, s_line: usize) {
+unsafe fn scores<const NV: usize>(t: &Visit, j: usize, s: *mut u8) {
     let line = NV * LINE;
     let (k, k_line) = *t.k.add(j);
-    if t.dp == 64 && V == 2 {
-        return scores_64(k, k_line, s, s_line);
+    if t.dp == 64 && NV == 2 {
+        return scores_64(k, k_line, s, line);
     }
     let p = Product {
         steps: t.dp / 32,
@@ -369,88 +334,73 @@ unsafe fn scores<const NV: usize, const V: usize>(t: &Visit, j: usize, v0: usize
         a_step: LINE,
         a_next: ROWS * k_line,
         a_line: k_line,
-        b: t.q.add(v0 * LINE),
+        b: t.q,
         b_step: ROWS * line,
         b_line: line,
         c: s,
-        c_line: s_line,
+        c_line: line,
     };
-    if V == 2 {
+    if NV == 2 {
         product::<false, false, true, true>(&p);
     } else {
         product::<false, false, true, false>(&p);
     }
 }
 
-/// Scores, or (`FAST`) weights, of 16·V queries from the strip's vector `v0` on.
-#[inline(always)]
-unsafe fn first_product<const NV: usize, const V: usize, const FAST: bool>(t: &Visit, v0: usize) {
-    if t.dp == 64 && V == 2 {
-        load_queries_64(t.q.add(v0 * LINE), NV * LINE);
-    }
-    for j in 0..t.nk.div_ceil(32) {
-        if !FAST {
-            scores::<NV, V>(t, j, v0, t.s.add((j * 32 * NV + v0) * 16).cast(), NV * LINE);
-            continue;
-        }
-        // Weights fill the first half of the room; the second holds the scores of two times 32 keys,
-        // so that tiles and lanes work on different ones.
-        let s = t.s.add(KEYS / 2 * NV * 16 + j % 2 * 32 * V * 16);
-        scores::<NV, V>(t, j, v0, s.cast(), V * LINE);
-        let nk = (t.nk - 32 * j).min(32);
-        if !t.masks.is_null() {
-            hide::<V>(t.masks.add(32 * j), v0, nk, s);
-        }
-        if nk < 32 {
-            std::slice::from_raw_parts_mut(s.add(nk * V * 16), (32 - nk) * V * 16).fill(f32::NEG_INFINITY);
-        }
-        weights::<NV, V>(t, v0, s, t.s.add(j * 16 * NV * 16));
-    }
-}
-
 /// −∞ where a query of the strip does not see a key.
 #[inline(always)]
-unsafe fn hide<const V: usize>(masks: *const u64, v0: usize, nk: usize, s: *mut f32) {
+unsafe fn hide<const NV: usize>(masks: *const u64, nk: usize, s: *mut f32) {
     let none = _mm512_set1_ps(f32::NEG_INFINITY);
     for j in 0..nk {
         let bits = *masks.add(j);
         if bits != u64::MAX {
-            for v in 0..V {
-                let hidden = !(bits >> ((v0 + v) * 16)) as u16;
-                _mm512_mask_storeu_ps(s.add((j * V + v) * 16), hidden, none);
+            for v in 0..NV {
+                let hidden = !(bits >> (v * 16)) as u16;
+                _mm512_mask_storeu_ps(s.add((j * NV + v) * 16), hidden, none);
             }
         }
     }
 }
 
-/// [`first_product`] of all queries.
+/// −∞ in the rows past `nk` of the last 32 keys.
 #[inline(always)]
-unsafe fn queries<const NV: usize, const FAST: bool>(t: &Visit) {
-    for v in (0..NV & !1).step_by(2) {
-        first_product::<NV, 2, FAST>(t, v);
-    }
-    if NV % 2 == 1 {
-        first_product::<NV, 1, FAST>(t, NV - 1);
-    }
+unsafe fn no_keys<const NV: usize>(s: *mut f32, nk: usize) {
+    let w = NV * 16;
+    let rows = nk.next_multiple_of(32) - nk;
+    std::slice::from_raw_parts_mut(s.add(nk * w), rows * w).fill(f32::NEG_INFINITY);
 }
 
 #[inline(always)]
 unsafe fn visit_wide<const NV: usize>(t: &Visit) {
     let line = NV * LINE;
     let chunks = t.nk.div_ceil(32);
+    if t.dp == 64 && NV == 2 {
+        load_queries_64(t.q, line);
+    }
     if bounded::<NV>(t) {
-        queries::<NV, true>(t);
+        // Weights fill the first half of the room; the second holds the scores of two times 32 keys,
+        // so that tiles and lanes work on different ones.
+        for j in 0..chunks {
+            let s = t.s.add((KEYS / 2 + j % 2 * 32) * NV * 16);
+            scores::<NV>(t, j, s.cast());
+            let nk = (t.nk - 32 * j).min(32);
+            if !t.masks.is_null() {
+                hide::<NV>(t.masks.add(32 * j), nk, s);
+            }
+            no_keys::<NV>(s, nk);
+            weights::<NV>(t, s, t.s.add(j * 16 * NV * 16));
+        }
     } else {
-        queries::<NV, false>(t);
+        for j in 0..chunks {
+            scores::<NV>(t, j, t.s.add(j * 32 * NV * 16).cast());
+        }
         references::<NV>(t);
         for j in 0..chunks {
-            let s = t.s.add(j * 32 * NV * 16);
-            let to = t.s.add(j * 16 * NV * 16);
-            weights::<NV, NV>(t, 0, s, to);
+            weights::<NV>(t, t.s.add(j * 32 * NV * 16), t.s.add(j * 16 * NV * 16));
         }
     }
     for i in (0..t.dv_tiles).step_by(2) {
-        let mut p = Product {
+        let p = Product {
             steps: chunks,
             a: std::ptr::null(),
             a_list: t.v,
@@ -463,26 +413,21 @@ unsafe fn visit_wide<const NV: usize>(t: &Visit) {
             c: t.o.add(i * ROWS * NV * 16).cast(),
             c_line: line,
         };
-        for v in (0..NV).step_by(2) {
-            match (i + 1 < t.dv_tiles, v + 1 < NV) {
-                (true, true) => product::<true, true, true, true>(&p),
-                (true, false) => product::<true, true, true, false>(&p),
-                (false, true) => product::<true, true, false, true>(&p),
-                (false, false) => product::<true, true, false, false>(&p),
-            }
-            p.b = p.b.wrapping_add(2 * LINE);
-            p.c = p.c.wrapping_add(2 * LINE);
+        match (i + 1 < t.dv_tiles, NV == 2) {
+            (true, true) => product::<true, true, true, true>(&p),
+            (true, false) => product::<true, true, true, false>(&p),
+            (false, true) => product::<true, true, false, true>(&p),
+            (false, false) => product::<true, true, false, false>(&p),
         }
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn visit(t: &Visit) {
+    const { assert!(STRIP == 32, "a strip is one or two vectors") };
     match t.nv {
         1 => visit_wide::<1>(t),
-        2 => visit_wide::<2>(t),
-        3 => visit_wide::<3>(t),
-        _ => visit_wide::<4>(t),
+        _ => visit_wide::<2>(t),
     }
 }
 

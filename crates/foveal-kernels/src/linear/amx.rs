@@ -15,6 +15,7 @@ mod imp {
     use super::super::pack::{INT8_SCALES, Line};
     use super::super::{BLOCK, PANEL, WeightFormat, grid};
     use super::*;
+    use crate::amx::Tiles;
     use rayon::prelude::*;
     use std::arch::asm;
     use std::arch::x86_64::*;
@@ -27,45 +28,6 @@ mod imp {
         /// x of the task in tile order, and (int8 weights) two panels widened to bf16. Kept from
         /// task to task: fresh pages for each would cost more than the conversion.
         static SCRATCH: RefCell<(Vec<Line>, Vec<Line>)> = const { RefCell::new((Vec::new(), Vec::new())) };
-    }
-
-    /// The operand of `ldtilecfg`.
-    #[repr(C, align(64))]
-    struct Config {
-        palette: u8,
-        start_row: u8,
-        reserved: [u8; 14],
-        colsb: [u16; 16],
-        rows: [u8; 16],
-    }
-
-    impl Config {
-        /// Tiles 0, 1 (outputs) and 4 (x) of `first` rows, 2, 3 and 5 of `second`, 6 and 7 weights.
-        fn new(first: usize, second: usize) -> Self {
-            let (a, b) = (first as u8, second as u8);
-            let mut c = Config { palette: 1, start_row: 0, reserved: [0; 14], colsb: [0; 16], rows: [0; 16] };
-            c.rows[..8].copy_from_slice(&[a, a, b, b, a, b, 16, 16]);
-            c.colsb[..8].fill(64);
-            c
-        }
-
-        /// # Safety
-        /// The machine has AMX and the process may use it.
-        unsafe fn load(&self) {
-            let p: *const Config = self;
-            // SAFETY: reads 64 bytes at `p`, all of `self` (no `nomem`: the compiler must have
-            // written every one of them before).
-            unsafe { asm!("ldtilecfg [{p}]", p = in(reg) p, options(nostack, preserves_flags)) }
-        }
-    }
-
-    /// Give the tiles back, so that the thread's state is small again in a context switch.
-    ///
-    /// # Safety
-    /// The machine has AMX.
-    unsafe fn release() {
-        // SAFETY: touches tile state only.
-        unsafe { asm!("tilerelease", options(nostack, preserves_flags)) }
     }
 
     pub(in super::super) fn forward(w: &PackedLinear, x: &[f32], m: usize, out: OutPtr) {
@@ -112,11 +74,12 @@ mod imp {
         // Tiles shorter than 16 rows take less time, which matters when there is only one.
         let first = m.min(16);
         let second = if m > 16 { (m - 16).min(16) } else { 16 };
-        let config = Config::new(first, second);
         // SAFETY: `a` and `b` hold the tiles counted above; the rest is passed on.
         unsafe {
             convert_rows(x, w.k, rows, kt, a);
-            config.load();
+            // Tiles 0, 1 (outputs) and 4 (x) of `first` rows, 2, 3 and 5 of `second`, 6 and 7 weights.
+            let (f, s) = (first as u8, second as u8);
+            let _tiles = Tiles::with_rows([f, f, s, s, f, s, 16, 16]);
             let mut edge = Edge([0.0; 32 * 32]);
             for u in units.0..units.1 {
                 let panels = w.data.ptr().add(2 * u * w.panel_bytes());
@@ -163,7 +126,6 @@ mod imp {
                     t += 2;
                 }
             }
-            release();
         }
     }
 

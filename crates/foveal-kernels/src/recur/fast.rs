@@ -11,7 +11,8 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::chunk::CHUNK;
-use super::tiles::{LINE, Square, TILE, Term, Tiles, interleave, narrow, round, square, widen_half};
+use super::tiles::{LINE, Square, TILE, Term, interleave, narrow, round, square, widen_half};
+use crate::amx::Tiles;
 use crate::exp::exp;
 use crate::simd::{Avx512, transpose};
 use std::arch::x86_64::*;

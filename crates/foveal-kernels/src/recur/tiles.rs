@@ -25,6 +25,7 @@ mod imp {
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod imp {
     use super::super::mat::{Mut, Op, PAD, Ref, Tri, bounds, check};
+    use crate::amx::Tiles;
     use crate::simd::transpose;
     use std::arch::asm;
     use std::arch::x86_64::*;
@@ -32,40 +33,6 @@ mod imp {
     /// Bytes of a row, and of a tile of 16 rows.
     pub(in super::super) const LINE: usize = 64;
     pub(in super::super) const TILE: usize = 1024;
-
-    /// The operand of `ldtilecfg`: eight tiles of 16 rows of 64 bytes.
-    #[repr(C, align(64))]
-    struct Config {
-        palette: u8,
-        start_row: u8,
-        reserved: [u8; 14],
-        colsb: [u16; 16],
-        rows: [u8; 16],
-    }
-
-    /// Configured tiles; gives them back when dropped, so that the thread's state is small again.
-    /// Bound to its thread by the pointer type.
-    pub(in super::super) struct Tiles(std::marker::PhantomData<*const u8>);
-
-    impl Tiles {
-        /// # Safety
-        /// The machine has AMX and the process may use it.
-        pub(in super::super) unsafe fn new() -> Self {
-            let mut c = Config { palette: 1, start_row: 0, reserved: [0; 14], colsb: [0; 16], rows: [0; 16] };
-            c.colsb[..8].fill(LINE as u16);
-            c.rows[..8].fill(16);
-            // Reads 64 bytes, all of `c`; without `nomem` the compiler has written all of them before.
-            asm!("ldtilecfg [{}]", in(reg) &raw const c, options(nostack, preserves_flags));
-            Tiles(std::marker::PhantomData)
-        }
-    }
-
-    impl Drop for Tiles {
-        fn drop(&mut self) {
-            // SAFETY: `new` ran on this thread; only tile state is touched.
-            unsafe { asm!("tilerelease", options(nostack, preserves_flags)) }
-        }
-    }
 
     #[derive(Clone, Copy)]
     #[repr(C, align(64))]
@@ -426,4 +393,4 @@ mod imp {
 
 pub(super) use imp::Pack;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-pub(super) use imp::{LINE, Square, TILE, Term, Tiles, interleave, narrow, round, square, widen_half};
+pub(super) use imp::{LINE, Square, TILE, Term, interleave, narrow, round, square, widen_half};
