@@ -10,11 +10,12 @@ use super::{
 };
 use crate::error::{LlmError, Result};
 use crate::plan::Resolved;
-use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use candle_core::{CpuStorage, Device, Storage, Tensor};
 use foveal::Work;
 use foveal::prim::rope::Rope;
 use foveal::prim::{AttendOptions, Attended, attend, attend_selected};
 use foveal::sparse::{HeadProblem, HeadSelection, Mat, Precision, Selector};
+use half::bf16;
 use rayon::prelude::*;
 use std::sync::Arc;
 use std::time::Instant;
@@ -107,9 +108,7 @@ impl Model {
             let attention = Instant::now();
             let low = match o.attention {
                 AttentionDtype::F32 => None,
-                AttentionDtype::Bf16 => {
-                    Some((q.to_dtype(DType::BF16)?, k.to_dtype(DType::BF16)?, v.to_dtype(DType::BF16)?))
-                }
+                AttentionDtype::Bf16 => Some((rounded(&q)?, rounded(&k)?, rounded(&v)?)),
             };
             stats.attention_seconds += attention.elapsed().as_secs_f64();
             let (mut error, mut norm) = (0f64, 0f64);
@@ -306,6 +305,19 @@ fn with_slice<R>(t: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
     with_strided(t, |x, _| f(&x[..t.elem_count()]))
 }
 
+/// A f32 tensor without gaps in memory, in bf16 and with the same strides; on all threads, which
+/// candle's own conversion is not.
+fn rounded(t: &Tensor) -> Result<Tensor> {
+    let x = with_strided(t, |x, _| x[..t.elem_count()].par_iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>())?;
+    let order = t.stride().is_sorted_by(|a, b| a >= b);
+    let shape = t.dims4()?;
+    Ok(if order {
+        Tensor::from_vec(x, shape, &Device::Cpu)?
+    } else {
+        Tensor::from_vec(x, (shape.0, shape.2, shape.1, shape.3), &Device::Cpu)?.transpose(1, 2)?
+    })
+}
+
 /// The last `q_len` rows of q (T, H, D) as (H, q_len, D).
 fn last_queries(q: &[f32], [h, q_len, d]: [usize; 3]) -> Vec<f32> {
     let tail = &q[q.len() - q_len * h * d..];
@@ -335,7 +347,7 @@ fn row_error(
     options: &AttendOptions,
 ) -> Result<(f64, f64)> {
     let exact = attend(&q.narrow(2, row, 1)?, &k.narrow(2, 0, row + 1)?, &v.narrow(2, 0, row + 1)?, options, None)?.out;
-    difference(&flat(&out.narrow(2, at, 1)?)?, &flat(&exact)?)
+    Ok(difference(&flat(&out.narrow(2, at, 1)?)?, &flat(&exact)?))
 }
 
 fn flat(t: &Tensor) -> Result<Vec<f32>> {
@@ -343,11 +355,11 @@ fn flat(t: &Tensor) -> Result<Vec<f32>> {
 }
 
 /// (‖a − b‖², ‖b‖²).
-pub(crate) fn difference(a: &[f32], b: &[f32]) -> Result<(f64, f64)> {
+pub(crate) fn difference(a: &[f32], b: &[f32]) -> (f64, f64) {
     let square = |x: f64| x * x;
-    Ok(a.iter()
+    a.iter()
         .zip(b)
-        .fold((0.0, 0.0), |(e, n), (a, b)| (e + square(f64::from(*a) - f64::from(*b)), n + square(f64::from(*b)))))
+        .fold((0.0, 0.0), |(e, n), (a, b)| (e + square(f64::from(*a) - f64::from(*b)), n + square(f64::from(*b))))
 }
 
 fn record(

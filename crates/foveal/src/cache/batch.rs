@@ -20,7 +20,7 @@ use crate::prim::kv::{KvDtype, RowStore};
 use foveal_kernels::decode::Codec;
 use foveal_kernels::exp::{self, Fun};
 use foveal_kernels::rank::WIDTH;
-use foveal_kernels::{Attend, BlockTable, HeadTable, Isa, PackedLinear, View, ViewMut, Work};
+use foveal_kernels::{Attend, BlockTable, Element, HeadTable, Isa, PackedLinear, View, ViewMut, Work};
 use half::bf16;
 use std::borrow::Cow;
 use std::cell::Cell;
@@ -281,6 +281,14 @@ pub(crate) fn bf16_rows(s: &RowStore) -> Cow<'_, [bf16]> {
     }
 }
 
+/// All rows of a store as f32, in place if they are.
+pub(crate) fn f32_rows(s: &RowStore) -> Cow<'_, [f32]> {
+    match s.codec() {
+        Codec::F32 { data, .. } => Cow::Borrowed(data),
+        _ => Cow::Owned(s.to_f32()),
+    }
+}
+
 /// Rounded to bf16.
 pub(crate) fn to_bf16(x: &[f32]) -> Vec<bf16> {
     x.iter().map(|&x| bf16::from_f32(x)).collect()
@@ -351,33 +359,32 @@ pub(crate) fn marked<'a>(blocks: impl Iterator<Item = &'a [u64]>) -> HeadTable {
     HeadTable { block_q: WIDTH, block_k: 1, indptr, blocks: keys, rows: Some(rows) }
 }
 
-/// Attention of some query heads of one K/V head on bf16 tiles.
-pub(crate) struct Rows<'a> {
+/// Attention of some query heads of one K/V head.
+pub(crate) struct Rows<'a, T> {
     pub scale: f32,
     pub causal: bool,
     pub window: Option<usize>,
     /// Query heads, rows of each, their width, the values' width.
     pub shape: [usize; 4],
-    pub k: &'a [bf16],
-    pub v: &'a [bf16],
+    pub k: &'a [T],
+    pub v: &'a [T],
 }
 
-impl Rows<'_> {
+impl<T: Element> Rows<'_, T> {
     /// `q` (heads, rows, width) to `out` (heads, rows, value width) and `lse` (heads, rows).
     pub(crate) fn attend(
         &self,
-        q: &[f32],
+        q: &[T],
         tables: Option<Vec<HeadTable>>,
         out: &mut [f32],
         lse: &mut [f32],
     ) -> Result<Work> {
         let [heads, rows, d, dv] = self.shape;
         let keys = self.k.len() / d.max(1);
-        let q = to_bf16(q);
         let table = tables.map(|heads| BlockTable { heads });
         let call = Attend::new(self.scale).causal(self.causal).window(self.window).table(table.as_ref());
         Ok(call.run(
-            &View::contiguous("q", &q, [1, heads, rows, d])?,
+            &View::contiguous("q", q, [1, heads, rows, d])?,
             &View::contiguous("k", self.k, [1, 1, keys, d])?,
             &View::contiguous("v", self.v, [1, 1, keys, dv])?,
             &mut ViewMut::contiguous("out", out, [1, heads, rows, dv])?,

@@ -1,11 +1,13 @@
 //! The dense store: every key and value kept, every one read. The baseline of all policies and
 //! the cache slot of `flashattention-2`.
 
+use super::batch::{Rows, bf16_rows, f32_rows, on_tiles, to_bf16};
 use super::{CacheCtx, CachePolicy, LayerCache, Prompt, Resident, Step};
 use crate::error::Result;
 use crate::prim::kv::RowStore;
+use foveal_kernels::Work;
 use foveal_kernels::decode::{Decode, Segment};
-use foveal_kernels::{Attend, View, ViewMut, Work};
+use rayon::prelude::*;
 
 /// Keeps everything.
 #[derive(Debug, Clone, Copy, Default)]
@@ -66,20 +68,27 @@ impl DenseLayer {
     pub fn attend(&self, q: &[f32], n: usize, out: &mut [f32]) -> Result<Work> {
         let c = &self.ctx;
         let (h, d, total) = (c.num_heads, c.head_dim, self.len());
-        let mut lse = vec![0f32; h * n];
         // Many rows at once are a small prefill: the tiled kernel reuses each key for all of them.
         if n > 8 || c.window.is_some_and(|w| w < total) {
-            let flat = |s: &[RowStore]| s.iter().flat_map(RowStore::to_f32).collect::<Vec<f32>>();
-            let (k, v) = (flat(&self.k), flat(&self.v));
-            let kv_shape = [1, c.num_kv_heads, total, d];
-            return Ok(Attend::new(c.scale).causal(true).window(c.window).run(
-                &View::contiguous("q", q, [1, h, n, d])?,
-                &View::contiguous("k", &k, kv_shape)?,
-                &View::contiguous("v", &v, kv_shape)?,
-                &mut ViewMut::contiguous("out", out, [1, h, n, d])?,
-                Some(&mut lse),
-            )?);
+            let group = h / c.num_kv_heads;
+            let heads = q.par_chunks_exact(group * n * d).zip(out.par_chunks_exact_mut(group * n * d));
+            return heads
+                .zip(self.k.par_iter().zip(&self.v))
+                .with_max_len(1)
+                .map(|((q, out), (k, v))| {
+                    let lse = &mut vec![0f32; group * n];
+                    let (scale, window, shape) = (c.scale, c.window, [group, n, d, d]);
+                    if on_tiles(c) {
+                        let (k, v) = (&*bf16_rows(k), &*bf16_rows(v));
+                        Rows { scale, causal: true, window, shape, k, v }.attend(&to_bf16(q), None, out, lse)
+                    } else {
+                        let (k, v) = (&*f32_rows(k), &*f32_rows(v));
+                        Rows { scale, causal: true, window, shape, k, v }.attend(q, None, out, lse)
+                    }
+                })
+                .try_reduce(Work::default, |a, b| Ok(a + b));
         }
+        let mut lse = vec![0f32; h * n];
         Ok(Decode::new(c.scale).run(q, [h, n, d], &self.segments(), d, None, out, &mut lse)?)
     }
 

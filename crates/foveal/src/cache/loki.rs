@@ -330,7 +330,7 @@ impl Layer {
                 batch::Rows { scale: c.scale, causal: true, window: None, shape: [group, n, d, d], k: &k, v: &v };
             let mut lse = vec![0f32; group * n];
             let o = &mut out[g * group * n * d..][..group * n * d];
-            work += Work { pairs, ..rows.attend(&qp, Some(tables), o, &mut lse)? };
+            work += Work { pairs, ..rows.attend(&batch::to_bf16(&qp), Some(tables), o, &mut lse)? };
         }
         self.visited = Some(visited);
         Ok(work)

@@ -603,19 +603,14 @@ impl Layer {
                         let (mut out, mut lse) = (vec![0f32; group * n * r], vec![f32::NEG_INFINITY; group * n]);
                         // Without a mask the group's heads are just more rows.
                         let (heads, rows) = if causal { (group, n) } else { (1, group * n) };
+                        let (scale, shape) = (self.ctx.scale, [heads, rows, d, r]);
                         let mut work = if low {
-                            let k = batch::to_bf16(&k);
-                            let shape = [heads, rows, d, r];
-                            batch::Rows { scale: self.ctx.scale, causal, window: None, shape, k: &k, v: &low_v }
+                            let (q, k) = (batch::to_bf16(&q), batch::to_bf16(&k));
+                            batch::Rows { scale, causal, window: None, shape, k: &k, v: &low_v }
                                 .attend(&q, None, &mut out, &mut lse)?
                         } else {
-                            Attend::new(self.ctx.scale).causal(causal).run(
-                                &View::contiguous("q", &q, [1, heads, rows, d])?,
-                                &View::contiguous("k", &k, [1, 1, keys, d])?,
-                                &View::contiguous("v", &v, [1, 1, keys, r])?,
-                                &mut ViewMut::contiguous("out", &mut out, [1, heads, rows, r])?,
-                                Some(&mut lse),
-                            )?
+                            batch::Rows { scale, causal, window: None, shape, k: &k, v: &v }
+                                .attend(&q, None, &mut out, &mut lse)?
                         };
                         work.flops += std::mem::take(&mut flops);
                         Ok(Part { head, out, lse, work })

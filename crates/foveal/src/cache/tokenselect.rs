@@ -409,7 +409,7 @@ impl Layer {
             let span = g * group * n * d..(g + 1) * group * n * d;
             let mut lse = vec![0f32; group * n];
             let tables = table.as_ref().map(|t| vec![t.clone(); group]);
-            work += rows.attend(&s.q[span.clone()], tables, &mut out[span], &mut lse)?;
+            work += rows.attend(&batch::to_bf16(&s.q[span.clone()]), tables, &mut out[span], &mut lse)?;
         }
         work.pairs = (pairs * c.num_heads) as u64;
         Ok(work)

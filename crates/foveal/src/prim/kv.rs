@@ -53,18 +53,46 @@ impl KvDtype {
 }
 
 /// Rows of `width` elements in one codec.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct RowStore {
     width: usize,
     len: usize,
     data: Data,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 enum Data {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
     Int8(Vec<i8>, Vec<f32>),
+}
+
+/// Rows for which a copy has room before it must move: a forked session is stepped next.
+const SLACK: usize = 64;
+
+/// Room for `n` more elements, `width` a row: an eighth at a time, where doubling would take twice
+/// the store's memory for one token.
+fn reserve<T>(d: &mut Vec<T>, n: usize, width: usize) {
+    if d.capacity() - d.len() < n {
+        d.reserve_exact(n.max(d.len() / 8).max(SLACK * width));
+    }
+}
+
+impl Clone for RowStore {
+    fn clone(&self) -> Self {
+        fn copy<T: Copy>(d: &[T], slack: usize) -> Vec<T> {
+            let mut out = Vec::with_capacity(d.len() + slack);
+            out.extend_from_slice(d);
+            out
+        }
+        let slack = SLACK * self.width;
+        let data = match &self.data {
+            Data::F32(d) => Data::F32(copy(d, slack)),
+            Data::Bf16(d) => Data::Bf16(copy(d, slack)),
+            Data::Int8(d, s) => Data::Int8(copy(d, slack), copy(s, SLACK)),
+        };
+        Self { width: self.width, len: self.len, data }
+    }
 }
 
 impl RowStore {
@@ -96,11 +124,20 @@ impl RowStore {
     /// Append rows given as f32, `rows.len()` a multiple of the width.
     pub fn push(&mut self, rows: &[f32]) {
         debug_assert!(self.width > 0 && rows.len().is_multiple_of(self.width));
-        self.len += rows.len() / self.width.max(1);
+        let (new, w) = (rows.len() / self.width.max(1), self.width);
+        self.len += new;
         match &mut self.data {
-            Data::F32(d) => d.extend_from_slice(rows),
-            Data::Bf16(d) => d.extend(rows.iter().map(|&x| bf16::from_f32(x))),
+            Data::F32(d) => {
+                reserve(d, rows.len(), w);
+                d.extend_from_slice(rows);
+            }
+            Data::Bf16(d) => {
+                reserve(d, rows.len(), w);
+                d.extend(rows.iter().map(|&x| bf16::from_f32(x)));
+            }
             Data::Int8(d, s) => {
+                reserve(d, rows.len(), w);
+                reserve(s, new, 1);
                 for row in rows.chunks_exact(self.width) {
                     let top = row.iter().fold(0f32, |m, x| m.max(x.abs()));
                     let scale = top / 127.0;
