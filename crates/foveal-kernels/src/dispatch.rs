@@ -7,8 +7,8 @@
 /// carries the target feature; closures in it may miss that, loops do not. The defined function
 /// is safe only with an `isa` at most `Isa::detect()`, besides `body`'s own contract.
 macro_rules! with_isa {
-    ($module:ident, unsafe fn $name:ident => $body:ident $(<$($g:ident : $b:path),*>)? ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)?) => {
-        unsafe fn $name $(<$($g: $b),*>)? (isa: $crate::Isa, $($arg: $ty),*) $(-> $ret)? {
+    ($module:ident, $vis:vis unsafe fn $name:ident => $body:ident $(<$($g:ident : $b:path),*>)? ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)?) => {
+        $vis unsafe fn $name $(<$($g: $b),*>)? (isa: $crate::Isa, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]

@@ -1,6 +1,6 @@
 //! Exact attention over per-query-group key lists.
 
-use crate::attend::{Attend, Source, check_heads, check_shapes, drive};
+use crate::attend::{Attend, AttendGrads, Source, Upstream, backward, check_heads, check_shapes, drive};
 use crate::error::{KernelError, Result};
 use crate::table::KeyLists;
 use crate::view::{Element, View, ViewMut};
@@ -25,20 +25,45 @@ pub fn attend_indexed<T: Element>(
 ) -> Result<Work> {
     const OP: &str = "attend_indexed";
     check_shapes(OP, q.shape, k.shape, v.shape, out.shape)?;
-    let [b, h, tq, _] = q.shape;
-    check_heads(OP, "key lists", lists.heads.len(), b * h)?;
+    let source = source(OP, params, lists, q.shape, k.shape[2])?;
+    drive::run(OP, params, source, q, k, v, out, lse)
+}
+
+/// Gradients of [`attend_indexed`]; as [`Attend::backward`].
+pub fn attend_indexed_backward<T: Element>(
+    params: &Attend,
+    lists: &KeyLists,
+    q: &View<T>,
+    k: &View<T>,
+    v: &View<T>,
+    up: &Upstream,
+    grads: AttendGrads,
+) -> Result<Work> {
+    const OP: &str = "attend_indexed_backward";
+    check_shapes(OP, q.shape, k.shape, v.shape, up.out.shape)?;
+    let source = source(OP, params, lists, q.shape, k.shape[2])?;
+    backward::run(OP, params, source, [q, k, v], up, grads)
+}
+
+/// The lists, and the table beside them, once they are checked.
+fn source<'a>(
+    op: &'static str,
+    params: &'a Attend,
+    lists: &'a KeyLists,
+    [b, h, tq, _]: [usize; 4],
+    tk: usize,
+) -> Result<Source<'a>> {
+    check_heads(op, "key lists", lists.heads.len(), b * h)?;
     for l in &lists.heads {
-        l.check(tq, k.shape[2])?;
+        l.check(tq, tk)?;
     }
-    let Some(t) = params.table else {
-        return drive::run(OP, params, Source::Keys(&lists.heads), q, k, v, out, lse);
-    };
-    check_heads(OP, "block table", t.heads.len(), b * h)?;
+    let Some(t) = params.table else { return Ok(Source::Keys(&lists.heads)) };
+    check_heads(op, "block table", t.heads.len(), b * h)?;
     for (t, l) in t.heads.iter().zip(&lists.heads) {
-        t.check(tq, k.shape[2])?;
+        t.check(tq, tk)?;
         if t.rows.is_some() {
             return Err(KernelError::Param {
-                op: OP,
+                op,
                 name: "table",
                 value: "row masks".into(),
                 remedy: "key lists join a table without row masks; merge two calls".into(),
@@ -46,12 +71,12 @@ pub fn attend_indexed<T: Element>(
         }
         if !t.block_q.is_multiple_of(l.group) && !l.group.is_multiple_of(t.block_q) {
             return Err(KernelError::Param {
-                op: OP,
+                op,
                 name: "group",
                 value: format!("{} queries beside blocks of {}", l.group, t.block_q),
                 remedy: "let one be a multiple of the other, or merge two calls".into(),
             });
         }
     }
-    drive::run(OP, params, Source::Both(&t.heads, &lists.heads), q, k, v, out, lse)
+    Ok(Source::Both(&t.heads, &lists.heads))
 }

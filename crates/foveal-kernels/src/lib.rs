@@ -33,9 +33,9 @@ pub mod twin;
 pub mod view;
 pub mod work;
 
-pub use attend::{Attend, Bias};
+pub use attend::{Attend, AttendGrads, Bias, Upstream};
 pub use error::{KernelError, Result};
-pub use indexed::attend_indexed;
+pub use indexed::{attend_indexed, attend_indexed_backward};
 pub use isa::Isa;
 pub use linear::{PackedLinear, WeightFormat};
 pub use merge::merge_row;

@@ -70,6 +70,77 @@ pub fn attend_biased(
     (out, lse)
 }
 
+/// Gradients of attention.
+#[derive(Debug, Clone)]
+pub struct AttendGradients {
+    /// (B, H, Tq, D).
+    pub dq: Vec<f64>,
+    /// (B, H_kv, Tk, D).
+    pub dk: Vec<f64>,
+    /// (B, H_kv, Tk, Dv).
+    pub dv: Vec<f64>,
+    /// (H); empty without sinks.
+    pub dsinks: Vec<f64>,
+    /// (B, H, Tq, Tk).
+    pub dbias: Vec<f64>,
+}
+
+/// Gradients of Σ out · dout + Σ lse · dlse for [`attend_biased`]: with p the weights and D = Σ dout · out,
+/// dv = Σ p dout, the gradient of a score is p (dout · v − D + dlse), and dq, dk are its sums over k and q
+/// times the scale and the slope of the softcap. Rows that see nothing give nothing.
+#[allow(clippy::too_many_arguments)]
+pub fn attend_backward(
+    q: &[f64],
+    k: &[f64],
+    v: &[f64],
+    dout: &[f64],
+    dlse: Option<&[f64]>,
+    [b, h, tq, d]: [usize; 4],
+    [hkv, tk, dv]: [usize; 3],
+    scale: f64,
+    softcap: Option<f64>,
+    sinks: Option<&[f64]>,
+    bias: &dyn Fn(usize, usize, usize, usize) -> f64,
+    visible: Visible,
+) -> AttendGradients {
+    let (out, lse) = attend_biased(q, k, v, [b, h, tq, d], [hkv, tk, dv], scale, softcap, sinks, bias, visible);
+    let mut g = AttendGradients {
+        dq: vec![0.0; q.len()],
+        dk: vec![0.0; k.len()],
+        dv: vec![0.0; v.len()],
+        dsinks: vec![0.0; sinks.map_or(0, <[f64]>::len)],
+        dbias: vec![0.0; b * h * tq * tk],
+    };
+    let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+    for r in (0..b * h * tq).filter(|&r| lse[r] > f64::NEG_INFINITY) {
+        let (bi, hi, i) = (r / (h * tq), r / tq % h, r % tq);
+        let kv = bi * hkv + hi / (h / hkv);
+        let (q, dout) = (&q[r * d..(r + 1) * d], &dout[r * dv..(r + 1) * dv]);
+        let delta = dot(dout, &out[r * dv..(r + 1) * dv]) - dlse.map_or(0.0, |x| x[r]);
+        if let Some(s) = sinks {
+            g.dsinks[hi] -= (s[hi] - lse[r]).exp() * delta;
+        }
+        for j in (0..tk).filter(|&j| visible(bi, hi, i, j)) {
+            let at = kv * tk + j;
+            let k = &k[at * d..(at + 1) * d];
+            let s = dot(q, k) * scale;
+            let bent = softcap.map_or(0.0, |c| (s / c).tanh());
+            let p = (softcap.map_or(s, |c| c * bent) + bias(bi, hi, i, j) - lse[r]).exp();
+            let ds = p * (dot(dout, &v[at * dv..(at + 1) * dv]) - delta);
+            g.dbias[r * tk + j] = ds;
+            let ds = ds * (1.0 - bent * bent) * scale;
+            for c in 0..d {
+                g.dq[r * d + c] += ds * k[c];
+                g.dk[at * d + c] += ds * q[c];
+            }
+            for c in 0..dv {
+                g.dv[at * dv + c] += p * dout[c];
+            }
+        }
+    }
+    g
+}
+
 /// Linear layer in f64: x (m, k) · wᵀ (n, k) + bias → (m, n).
 pub fn linear(x: &[f64], w: &[f64], bias: Option<&[f64]>, [m, n, k]: [usize; 3]) -> Vec<f64> {
     let dot = |i: usize, j: usize| (0..k).map(|c| x[i * k + c] * w[j * k + c]).sum::<f64>();

@@ -3,77 +3,14 @@
 //! Error rule: max|out − ref64| ≤ 2 · max|simple f32 − ref64|, with a floor for cases in which
 //! the simple version happens to be (nearly) exact.
 
+#[path = "common/problem.rs"]
+mod problem;
+
 use foveal_kernels::{Attend, Bias, BlockTable, Element, HeadKeys, HeadTable, Isa, KeyLists, View, ViewMut, Work};
 use foveal_kernels::{attend_indexed, merge_row, twin};
 use half::bf16;
+use problem::*;
 use proptest::prelude::*;
-
-/// Splitmix: a few lines, seeded, the same everywhere.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-    fn unit(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1u32 << 24) as f32
-    }
-    /// Roughly normal.
-    fn normal(&mut self) -> f32 {
-        (0..6).map(|_| self.unit() - 0.5).sum::<f32>() * std::f32::consts::SQRT_2
-    }
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n.max(1) as u64) as usize
-    }
-}
-
-/// A problem; `std` scales q and k.
-#[derive(Clone, Copy, Debug)]
-struct Shape {
-    b: usize,
-    h: usize,
-    hkv: usize,
-    tq: usize,
-    tk: usize,
-    d: usize,
-    dv: usize,
-    std: f32,
-    seed: u64,
-}
-
-const BASE: Shape = Shape { b: 1, h: 2, hkv: 1, tq: 70, tk: 130, d: 64, dv: 64, std: 1.0, seed: 1 };
-
-struct Data<T> {
-    q: Vec<T>,
-    k: Vec<T>,
-    v: Vec<T>,
-}
-
-fn data<T: Element>(s: Shape) -> Data<T> {
-    let mut r = Rng(s.seed);
-    let mut fill = |n: usize, std: f32| (0..n).map(|_| T::from_f32(r.normal() * std)).collect();
-    Data {
-        q: fill(s.b * s.h * s.tq * s.d, s.std),
-        k: fill(s.b * s.hkv * s.tk * s.d, s.std),
-        v: fill(s.b * s.hkv * s.tk * s.dv, 1.0),
-    }
-}
-
-fn f64s<T: Element>(x: &[T]) -> Vec<f64> {
-    x.iter().map(|x| f64::from(x.to_f32())).collect()
-}
-
-/// The bias of `p`, as given.
-fn bias_of(s: Shape, p: &Attend, b: usize, h: usize, i: usize, j: usize) -> f32 {
-    match &p.bias {
-        None => 0.0,
-        Some(Bias::Alibi(slopes)) => -slopes[h] * ((i + s.tk) as f32 - (j + s.tq) as f32).abs(),
-        Some(Bias::Dense(x)) => x.row(b, h, i)[j],
-    }
-}
 
 /// Two-pass attention in f32, in the plainest order. `narrow` rounds the probabilities to bf16 before
 /// the second product, as a model in bf16 does that computes them whole.
@@ -120,20 +57,6 @@ fn simple<T: Element>(
     out
 }
 
-fn worst(a: impl Iterator<Item = f64>, b: &[f64]) -> f64 {
-    a.zip(b)
-        .map(|(a, b)| if a == *b { 0.0 } else { (a - b).abs() })
-        .fold(0.0, |m, e| if e > m || e.is_nan() { e } else { m })
-}
-
-fn views<'a, T: Element>(s: Shape, x: &'a Data<T>) -> [View<'a, T>; 3] {
-    [
-        View::contiguous("q", &x.q, [s.b, s.h, s.tq, s.d]).unwrap(),
-        View::contiguous("k", &x.k, [s.b, s.hkv, s.tk, s.d]).unwrap(),
-        View::contiguous("v", &x.v, [s.b, s.hkv, s.tk, s.dv]).unwrap(),
-    ]
-}
-
 fn call<T: Element>(s: Shape, x: &Data<T>, p: &Attend, lists: Option<&KeyLists>) -> (Vec<f32>, Vec<f32>, Work) {
     let [q, k, v] = views(s, x);
     // Poisoned, so that a row left unwritten shows.
@@ -146,12 +69,6 @@ fn call<T: Element>(s: Shape, x: &Data<T>, p: &Attend, lists: Option<&KeyLists>)
     }
     .unwrap();
     (out, lse, work)
-}
-
-/// Does (b, h, i, j) pass the causal and window rules of `p`?
-fn allowed(s: Shape, p: &Attend, i: usize, j: usize) -> bool {
-    let (i, j, off) = (i as isize, j as isize, s.tk as isize - s.tq as isize);
-    !p.causal || (j <= i + off && p.window.is_none_or(|w| j > i + off - w as isize))
 }
 
 fn check_as<T: Element>(
@@ -204,14 +121,6 @@ fn check_as<T: Element>(
 fn check(s: Shape, p: &Attend, lists: Option<&KeyLists>, visible: &dyn Fn(usize, usize, usize, usize) -> bool) {
     check_as::<f32>(s, p, lists, visible);
     check_as::<bf16>(s, p, lists, visible);
-}
-
-fn all(_: usize, _: usize, _: usize, _: usize) -> bool {
-    true
-}
-
-fn scaled(s: Shape) -> Attend<'static> {
-    Attend::new(1.0 / (s.d.max(1) as f32).sqrt())
 }
 
 #[test]
@@ -368,29 +277,6 @@ fn softcap_and_sinks() {
     let mut p = scaled(s).causal(true);
     p.sinks = Some(&sinks);
     check(s, &p, None, &all);
-}
-
-fn random_table(s: Shape, r: &mut Rng, bq: usize, bk: usize, density: f32, marks: bool) -> BlockTable {
-    let heads = (0..s.b * s.h)
-        .map(|_| {
-            let lists = (0..s.tq.div_ceil(bq))
-                .map(|_| (0..s.tk.div_ceil(bk) as u32).filter(|_| r.unit() < density).collect())
-                .collect();
-            let mut t = HeadTable::from_lists(bq, bk, lists);
-            if marks {
-                t.rows = Some(t.blocks.iter().map(|_| r.next() & r.next()).collect());
-            }
-            t
-        })
-        .collect();
-    BlockTable { heads }
-}
-
-fn in_table(s: Shape, t: &BlockTable, b: usize, h: usize, i: usize, j: usize) -> bool {
-    let t = &t.heads[b * s.h + h];
-    let qb = i / t.block_q;
-    let Some(e) = t.row(qb).iter().position(|&x| x as usize == j / t.block_k) else { return false };
-    t.rows.as_ref().is_none_or(|m| m[t.indptr[qb] + e] >> (i % t.block_q) & 1 == 1)
 }
 
 #[test]

@@ -15,7 +15,8 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::drive::{Call, Scratch, Source, WORK_TILE};
+use super::drive::{Call, Scratch};
+use super::scope::{Source, WORK_TILE};
 use super::strip::{Finish, MAX_STRIP, NO_MAX};
 use crate::amx::Tiles;
 use crate::exp::LOG2_E;
@@ -501,7 +502,7 @@ impl PackedValues {
 impl Call<'_, bf16> {
     /// Whether this path can serve the call: maxima of scores need a positive factor on them.
     pub(super) fn suits_amx(&self) -> bool {
-        self.p.scale > 0.0 || self.p.softcap.is_some() && self.p.scale < 0.0
+        self.scope.p.scale > 0.0 || self.scope.p.softcap.is_some() && self.scope.p.scale < 0.0
     }
 
     /// Vᵀ of the given (up to 32) rows.
@@ -523,7 +524,7 @@ impl Call<'_, bf16> {
     /// The machine has AVX-512.
     pub(super) unsafe fn pack_all_values(&self) -> Option<PackedValues> {
         let [b, hkv, tk, dv] = self.v.shape;
-        let visited = match self.source {
+        let visited = match self.scope.source {
             Source::Dense => usize::MAX,
             Source::Table(t) if t.iter().all(|t| t.block_k.is_multiple_of(32)) => {
                 t.iter().map(|t| t.blocks.len() * t.block_k).sum()
@@ -572,7 +573,7 @@ impl Call<'_, bf16> {
         let (bi, hi) = (bh / h, bh % h);
         let kh = hi / (h / self.k.shape[1]);
         let (d, dv, tk) = (self.q.shape[3], self.v.shape[3], self.k.shape[2]);
-        let work = self.list(s, bh, &rows);
+        let work = self.list(&mut s.listed, bh, &rows);
 
         let n = rows.len();
         let padded = n.next_multiple_of(16);
@@ -586,10 +587,11 @@ impl Call<'_, bf16> {
         let wide_q: *mut u16 = s.wide_q.at_least(MAX_STRIP * dp / 2).cast();
         let own_k: *mut u16 = s.wide_k.at_least(KEYS * dp / 2).cast();
         let vt: *mut u8 = s.wide_v.at_least(KEYS * dv_rows / 2).cast();
-        let (squash, c) = match self.p.softcap {
-            Some(cap) => (self.p.scale / cap, cap * LOG2_E),
-            None => (0.0, self.p.scale * LOG2_E),
+        let (squash, unit) = match self.scope.p.softcap {
+            Some(cap) => (self.scope.p.scale / cap, cap),
+            None => (0.0, self.scope.p.scale),
         };
+        let c = unit * LOG2_E;
 
         let mut pairs = [std::ptr::null(); MAX_STRIP];
         for i in (0..n).step_by(STRIP) {
@@ -613,8 +615,8 @@ impl Call<'_, bf16> {
         let chunks = tk.div_ceil(32);
         let lengths = self.key_lengths.chunks(chunks.max(1)).nth(bi * self.k.shape[1] + kh).unwrap_or(&[]);
         let tiles = Tiles::new();
-        for at in (0..s.keys.len()).step_by(KEYS) {
-            let keys = &s.keys[at..(at + KEYS).min(s.keys.len())];
+        for at in (0..s.listed.keys.len()).step_by(KEYS) {
+            let keys = &s.listed.keys[at..(at + KEYS).min(s.listed.keys.len())];
             let nk = keys.len();
             let mut k_len = if lengths.is_empty() { f32::INFINITY } else { 0f32 };
             let mut k_at = [(std::ptr::null(), 0); KEYS / 32];
@@ -654,7 +656,7 @@ impl Call<'_, bf16> {
             }
             for i in (0..n).step_by(STRIP) {
                 let (b, w) = strip(i);
-                let (first, last) = (self.visible(rows.start + i), self.visible(rows.start + b - 1));
+                let (first, last) = (self.scope.visible(rows.start + i), self.scope.visible(rows.start + b - 1));
                 let from = keys.partition_point(|&j| (j as usize) < first.start);
                 let to = keys.partition_point(|&j| (j as usize) < last.end);
                 if from >= to {
@@ -662,13 +664,14 @@ impl Call<'_, bf16> {
                 }
                 // Whole chunks of Vᵀ; what that adds at either end is masked.
                 let (from, to) = (from / 32 * 32, to.next_multiple_of(32).min(nk));
-                let marks = (!s.marks.is_empty()).then(|| &s.marks[at + from..at + to]);
+                let marks = (!s.listed.marks.is_empty()).then(|| &s.listed.marks[at + from..at + to]);
                 let edge = (keys[to - 1] as usize) >= first.end || (keys[from] as usize) < last.start;
                 let masked = edge || marks.is_some();
                 if masked {
-                    self.masks(&mut s.masks, &keys[from..to], rows.start + i, marks.map(|m| (m, i)));
+                    self.scope.masks(&mut s.masks, &keys[from..to], rows.start + i, marks.map(|m| (m, i)));
                 }
-                let bias = self.bias_tile(&mut s.bias, [bi, hi], &keys[from..to], rows.start + i..rows.start + b, w, c);
+                let bias =
+                    self.scope.bias_tile(&mut s.bias, [bi, hi], &keys[from..to], rows.start + i..rows.start + b, w, c);
                 visit(&Visit {
                     nv: w / 16,
                     dp,
@@ -704,7 +707,7 @@ impl Call<'_, bf16> {
                     o: o.add(i * dv_rows),
                     m: stat.add(i),
                     l: stat.add(padded + i),
-                    c,
+                    unit,
                     sink: None,
                     rows: &[],
                     lse: std::ptr::null_mut(),

@@ -2,11 +2,14 @@
 //!
 //! [`Attend::run`] checks the call and hands it to `drive`, which cuts it into tasks (one tile of
 //! queries of one head), lists the keys each task visits, and feeds them in tiles to the
-//! microkernels in `strip`.
+//! microkernels in `strip`. [`Attend::backward`] does the same in `backward` and `grad`.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
+pub(crate) mod backward;
 pub(crate) mod drive;
+mod grad;
+mod scope;
 mod strip;
 
 use crate::error::{KernelError, Result};
@@ -14,7 +17,8 @@ use crate::isa::Isa;
 use crate::table::BlockTable;
 use crate::view::{Element, View, ViewMut};
 use crate::work::Work;
-pub(crate) use drive::Source;
+pub use backward::{AttendGrads, Upstream};
+pub(crate) use scope::Source;
 
 /// What is added to the scaled (and soft-capped) score of a query and a key.
 #[derive(Clone, Copy)]
@@ -100,15 +104,37 @@ impl<'a> Attend<'a> {
         lse: Option<&mut [f32]>,
     ) -> Result<Work> {
         check_shapes("attend", q.shape, k.shape, v.shape, out.shape)?;
-        let [b, h, tq, _] = q.shape;
-        let Some(t) = self.table else {
-            return drive::run("attend", self, Source::Dense, q, k, v, out, lse);
-        };
-        check_heads("attend", "block table", t.heads.len(), b * h)?;
+        let source = self.source("attend", q.shape, k.shape[2])?;
+        drive::run("attend", self, source, q, k, v, out, lse)
+    }
+
+    /// Gradients of [`Attend::run`] with the same parameters and operands, from what it returned and the
+    /// gradients of a loss in that: exact, in memory linear in tokens, the same whatever the threads.
+    ///
+    /// Sums are f32, over 32 bits of bf16 operands too. A row that sees no key (log-sum-exp −∞) gives and
+    /// gets zero. Work counts five products a visited pair.
+    pub fn backward<T: Element>(
+        &self,
+        q: &View<T>,
+        k: &View<T>,
+        v: &View<T>,
+        up: &Upstream,
+        grads: AttendGrads,
+    ) -> Result<Work> {
+        const OP: &str = "attend_backward";
+        check_shapes(OP, q.shape, k.shape, v.shape, up.out.shape)?;
+        let source = self.source(OP, q.shape, k.shape[2])?;
+        backward::run(OP, self, source, [q, k, v], up, grads)
+    }
+
+    /// All keys, or those of the table once it is checked.
+    fn source(&self, op: &'static str, [b, h, tq, _]: [usize; 4], tk: usize) -> Result<Source<'_>> {
+        let Some(t) = self.table else { return Ok(Source::Dense) };
+        check_heads(op, "block table", t.heads.len(), b * h)?;
         for ht in &t.heads {
-            ht.check(tq, k.shape[2])?;
+            ht.check(tq, tk)?;
         }
-        drive::run("attend", self, Source::Table(&t.heads), q, k, v, out, lse)
+        Ok(Source::Table(&t.heads))
     }
 }
 

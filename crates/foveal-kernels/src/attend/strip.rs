@@ -14,7 +14,7 @@
 // pointers of `Step` reach what its fields say.
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use crate::exp::{LN_2, exp2, tanh};
+use crate::exp::{exp2, tanh};
 use crate::isa::Isa;
 use crate::simd::{Portable, Simd};
 
@@ -93,6 +93,28 @@ unsafe fn scores<S: Simd, const R: usize, const NV: usize>(d: usize, q: *const f
     }
 }
 
+/// S of `nk` keys, R a microkernel. The last may read a padding row behind the tile, whose scores nobody
+/// looks at.
+#[inline(always)]
+pub(super) unsafe fn all_scores<S: Simd, const R: usize, const NV: usize>(
+    nk: usize,
+    d: usize,
+    q: *const f32,
+    k: *const *const f32,
+    s: *mut f32,
+) {
+    let w = NV * S::LANES;
+    let mut j = 0;
+    while j + R <= nk {
+        scores::<S, R, NV>(d, q, k.add(j), s.add(j * w));
+        j += R;
+    }
+    while j < nk {
+        scores::<S, 2, NV>(d, q, k.add(j), s.add(j * w));
+        j += 2;
+    }
+}
+
 /// R rows of Oᵀ, rescaled by `corr` and added to over `nk` keys; `c0` is their channel.
 #[inline(always)]
 unsafe fn values<S: Simd, const R: usize, const NV: usize>(
@@ -128,6 +150,31 @@ unsafe fn values<S: Simd, const R: usize, const NV: usize>(
         for x in 0..NV {
             S::store(o.add(r * w + x * S::LANES), acc[r][x]);
         }
+    }
+}
+
+/// All `dv` rows of Oᵀ, R a microkernel.
+#[inline(always)]
+pub(super) unsafe fn all_values<S: Simd, const R: usize, const NV: usize>(
+    nk: usize,
+    dv: usize,
+    p: *const f32,
+    v: *const *const f32,
+    o: *mut f32,
+    corr: &[S::V; NV],
+) {
+    let mut c = 0;
+    while c + R <= dv {
+        values::<S, R, NV>(nk, p, v, c, o, corr);
+        c += R;
+    }
+    while c + 4 <= dv {
+        values::<S, 4, NV>(nk, p, v, c, o, corr);
+        c += 4;
+    }
+    while c < dv {
+        values::<S, 1, NV>(nk, p, v, c, o, corr);
+        c += 1;
     }
 }
 
@@ -326,31 +373,9 @@ unsafe fn step_few<S: Simd, const NQ: usize>(t: &Step) {
 /// A whole visit with R score rows a microkernel.
 #[inline(always)]
 unsafe fn step_tiled<S: Simd, const R: usize, const NV: usize>(t: &Step) {
-    let w = NV * S::LANES;
-    let mut j = 0;
-    while j + R <= t.nk {
-        scores::<S, R, NV>(t.d, t.q, t.k.add(j), t.s.add(j * w));
-        j += R;
-    }
-    while j < t.nk {
-        // The last of these may read padding rows; their scores are not looked at.
-        scores::<S, 2, NV>(t.d, t.q, t.k.add(j), t.s.add(j * w));
-        j += 2;
-    }
+    all_scores::<S, R, NV>(t.nk, t.d, t.q, t.k, t.s);
     let corr = softmax::<S, NV>(t);
-    let mut c = 0;
-    while c + R <= t.dv {
-        values::<S, R, NV>(t.nk, t.s, t.v, c, t.o, &corr);
-        c += R;
-    }
-    while c + 4 <= t.dv {
-        values::<S, 4, NV>(t.nk, t.s, t.v, c, t.o, &corr);
-        c += 4;
-    }
-    while c < t.dv {
-        values::<S, 1, NV>(t.nk, t.s, t.v, c, t.o, &corr);
-        c += 1;
-    }
+    all_values::<S, R, NV>(t.nk, t.dv, t.s, t.v, t.o, &corr);
 }
 
 /// Rows of the microkernel are chosen so that accumulators, one set of query vectors and a
@@ -416,9 +441,9 @@ pub(super) struct Finish<'a> {
     pub m: *const f32,
     /// Running sums.
     pub l: *const f32,
-    /// Factor on scores inside the 2^x, as in [`Step`].
-    pub c: f32,
-    /// Sink logit times log₂ e.
+    /// Positive factor on scores inside the e^x.
+    pub unit: f32,
+    /// Sink logit.
     pub sink: Option<f32>,
     /// Output rows.
     pub rows: &'a [*mut f32],
@@ -431,16 +456,18 @@ pub(super) struct Finish<'a> {
 unsafe fn factors(f: &Finish) -> [f32; MAX_STRIP] {
     let mut factor = [0f32; MAX_STRIP];
     for i in 0..f.rows.len() {
-        let (m, l) = (*f.m.add(i) * f.c, *f.l.add(i));
+        let l = *f.l.add(i);
+        // Rounded once, at the end: the backward pass takes e^(s − lse) at logits in the thousands.
+        let m = f64::from(*f.m.add(i)) * f64::from(f.unit);
         let (mut top, mut sum, mut keep) = (m, l, 1.0);
-        if let Some(s) = f.sink {
+        if let Some(s) = f.sink.map(f64::from) {
             top = m.max(s);
-            keep = (m - top).exp2();
-            sum = l * keep + (s - top).exp2();
+            keep = ((m - top) as f32).exp();
+            sum = l * keep + ((s - top) as f32).exp();
         }
         // A row that saw no key has l = 0. A NaN sum must reach the output, so no `sum > 0`.
         let none = sum == 0.0;
-        *f.lse.add(i) = if none { f32::NEG_INFINITY } else { top * LN_2 + sum.ln() };
+        *f.lse.add(i) = if none { f32::NEG_INFINITY } else { (top + f64::from(sum.ln())) as f32 };
         factor[i] = if l == 0.0 { 0.0 } else { keep / sum };
     }
     factor

@@ -1,0 +1,490 @@
+//! The backward pass: from a call to cells of queries × keys, and from those to strip × tile visits.
+//!
+//! Probabilities are computed anew from the log-sum-exp, tile by tile (the backward pass of
+//! FlashAttention-2: Dao 2023, arXiv 2307.08691), so that memory stays linear. A cell is a range of queries
+//! of all heads of a group against a range of keys: it sums dK and dV of its keys in scratch and adds them
+//! to the result once, and dQ of its queries likewise. Cells of one K/V head are done in rounds, in each of
+//! which no two share queries or keys; a round's cells run in any order, rounds in theirs. So nothing is
+//! computed twice, nobody waits for a lock, and sums are in the same order whatever the threads. Sizes of
+//! cells follow from the shape alone, for the same reason.
+
+use super::drive::{Buf, wide};
+use super::grad::{self, KEY_TILE};
+use super::scope::{Listed, MASKS, Scope, Source};
+use super::strip::{KEY_PAD, Kernels, MAX_STRIP};
+use super::{Attend, check_shapes};
+use crate::error::{KernelError, Result, same};
+use crate::exp::LOG2_E;
+use crate::isa::Isa;
+use crate::view::{Element, Rows, View, ViewMut};
+use crate::work::Work;
+use rayon::prelude::*;
+use std::ops::Range;
+use std::ptr::{null, null_mut};
+use std::sync::{Mutex, PoisonError};
+
+/// What the backward pass starts from.
+pub struct Upstream<'a> {
+    /// Output of the forward call, (B, H, Tq, Dv).
+    pub out: &'a View<'a, f32>,
+    /// Log-sum-exp of the forward call, (B, H, Tq) contiguous.
+    pub lse: &'a [f32],
+    /// Gradient of the loss in the output, (B, H, Tq, Dv).
+    pub dout: &'a View<'a, f32>,
+    /// Gradient of the loss in the log-sum-exp, (B, H, Tq) contiguous; `None` where the loss does not use
+    /// it (it does where parts of attention are merged).
+    pub dlse: Option<&'a [f32]>,
+}
+
+/// Where gradients go; all is overwritten.
+pub struct AttendGrads<'g, 'd> {
+    /// In q, (B, H, Tq, D).
+    pub dq: &'g mut ViewMut<'d, f32>,
+    /// In k, (B, H_kv, Tk, D), summed over the query heads of a group.
+    pub dk: &'g mut ViewMut<'d, f32>,
+    /// In v, (B, H_kv, Tk, Dv), likewise.
+    pub dv: &'g mut ViewMut<'d, f32>,
+    /// In the sinks, one a query head.
+    pub dsinks: Option<&'g mut [f32]>,
+    /// In a bias of full shape (B, H, Tq, Tk): of the scores as they enter the softmax, zero where no key
+    /// is visited. Memory of Tq × Tk is the caller's choice here; nothing else needs any.
+    pub dbias: Option<&'g mut ViewMut<'d, f32>>,
+}
+
+/// Most queries and keys of a cell, and least: multiples of the work grid and of KEY_TILE. Larger ones add
+/// to the results less often, smaller ones feed more threads.
+const CELLS: [usize; 3] = [576, 384, 192];
+/// Cells wanted side by side.
+const WIDTH: usize = 32;
+/// Queries that share one pass over the keys of a cell.
+const MAX_ROWS: usize = 192;
+
+/// What a worker keeps between cells.
+struct Scratch {
+    /// Q, dO, and the same transposed in strips; dQᵀ in strips.
+    q: Buf,
+    dout: Buf,
+    qt: Buf,
+    dot: Buf,
+    dqt: Buf,
+    /// Rows of dQ once they are whole.
+    dq: Buf,
+    stat: Buf,
+    s: Buf,
+    ds: Buf,
+    bias: Buf,
+    dbias: Buf,
+    wide_k: Buf,
+    wide_v: Buf,
+    /// dK and dV of the cell.
+    dk: Buf,
+    dv: Buf,
+    listed: Listed,
+    masks: [u64; MASKS],
+}
+
+impl Scratch {
+    fn new() -> Self {
+        let b = Buf::new;
+        Self {
+            q: b(),
+            dout: b(),
+            qt: b(),
+            dot: b(),
+            dqt: b(),
+            dq: b(),
+            stat: b(),
+            s: b(),
+            ds: b(),
+            bias: b(),
+            dbias: b(),
+            wide_k: b(),
+            wide_v: b(),
+            dk: b(),
+            dv: b(),
+            listed: Listed::default(),
+            masks: [0; MASKS],
+        }
+    }
+}
+
+/// One call, shared by its cells.
+struct Call<'a, T> {
+    scope: Scope<'a>,
+    kernels: &'static Kernels,
+    isa: Isa,
+    q: &'a View<'a, T>,
+    k: &'a View<'a, T>,
+    v: &'a View<'a, T>,
+    dout: &'a View<'a, f32>,
+    lse: &'a [f32],
+    /// Σ dO·O less the gradient of the log-sum-exp, a query.
+    delta: Vec<f32>,
+    dq: Rows<'a, f32>,
+    dk: Rows<'a, f32>,
+    dv: Rows<'a, f32>,
+    dbias: Option<Rows<'a, f32>>,
+}
+
+fn same_shape(op: &'static str, left: &'static str, l: [usize; 4], right: &'static str, r: [usize; 4]) -> Result<()> {
+    for (dim, i) in [("batch", 0), ("heads", 1), ("tokens", 2), ("head_dim", 3)] {
+        same(op, dim, left, l[i], right, r[i])?;
+    }
+    Ok(())
+}
+
+/// Run a call whose tables were checked.
+pub(crate) fn run<T: Element>(
+    op: &'static str,
+    p: &Attend,
+    source: Source,
+    [q, k, v]: [&View<T>; 3],
+    up: &Upstream,
+    grads: AttendGrads,
+) -> Result<Work> {
+    check_shapes(op, q.shape, k.shape, v.shape, up.out.shape)?;
+    let [b, h, tq, d] = q.shape;
+    let [_, hkv, tk, _] = k.shape;
+    let scope = Scope::new(op, p, source, q.shape, k.shape)?;
+    same_shape(op, "dout", up.dout.shape, "out", up.out.shape)?;
+    same_shape(op, "dq", grads.dq.shape, "q", q.shape)?;
+    same_shape(op, "dk", grads.dk.shape, "k", k.shape)?;
+    same_shape(op, "dv", grads.dv.shape, "v", v.shape)?;
+    same(op, "batch*heads*tokens", "lse", up.lse.len(), "q", b * h * tq)?;
+    if let Some(x) = up.dlse {
+        same(op, "batch*heads*tokens", "dlse", x.len(), "q", b * h * tq)?;
+    }
+    if let Some(x) = &grads.dbias {
+        same_shape(op, "dbias", x.shape, "scores", [b, h, tq, tk])?;
+    }
+    match (&grads.dsinks, p.sinks) {
+        (Some(x), Some(_)) => same(op, "heads", "dsinks", x.len(), "q", h)?,
+        (Some(x), None) => {
+            return Err(KernelError::Param {
+                op,
+                name: "dsinks",
+                value: format!("{} gradients", x.len()),
+                remedy: "the call has no sinks; ask for none".into(),
+            });
+        }
+        (None, _) => {}
+    }
+    let isa = p.isa.min(Isa::detect());
+    let kernels = Kernels::of(isa);
+    let mut call = Call {
+        scope,
+        kernels,
+        isa,
+        q,
+        k,
+        v,
+        dout: up.dout,
+        lse: up.lse,
+        delta: Vec::new(),
+        dq: grads.dq.rows(),
+        dk: grads.dk.rows(),
+        dv: grads.dv.rows(),
+        dbias: grads.dbias.map(|x| x.rows()),
+    };
+    call.clear();
+    call.delta = call.deltas(up.out, up.dlse);
+    if let (Some(to), Some(sinks)) = (grads.dsinks, p.sinks) {
+        call.sinks(sinks, to);
+    }
+    if [b, h, tq, tk, d].contains(&0) {
+        return Ok(Work::default());
+    }
+    let pool = Mutex::new(Vec::new());
+    let size = *CELLS.iter().find(|&&n| b * hkv * tq.max(tk).div_ceil(n) >= WIDTH).unwrap_or(&CELLS[2]);
+    let (nq, nk) = (tq.div_ceil(size), tk.div_ceil(size));
+    let part = |i: usize, t: usize| i * size..((i + 1) * size).min(t);
+    Ok((0..b * hkv)
+        .into_par_iter()
+        .with_max_len(1)
+        .map(|bk| {
+            let rounds = nq.max(nk);
+            let mut work = Work::default();
+            for r in 0..rounds {
+                // Cell (i, j) belongs to round i − j; long causal rows start first.
+                work += (0..nq)
+                    .into_par_iter()
+                    .with_max_len(1)
+                    .rev()
+                    .map(|i| (i, (i + rounds - r) % rounds))
+                    .filter(|&(i, j)| j < nk && call.meets(&part(i, tq), &part(j, tk)))
+                    .map(|(i, j)| {
+                        let free = || pool.lock().unwrap_or_else(PoisonError::into_inner);
+                        let kept: Option<Box<Scratch>> = free().pop();
+                        let mut scratch = kept.unwrap_or_else(|| Box::new(Scratch::new()));
+                        let work = call.cell(&mut scratch, [bk / hkv, bk % hkv], part(i, tq), part(j, tk));
+                        free().push(scratch);
+                        work
+                    })
+                    .sum::<Work>();
+            }
+            work
+        })
+        .sum())
+}
+
+impl<T: Element> Call<'_, T> {
+    /// Zero all gradients.
+    fn clear(&self) {
+        let [b, h, tq, d] = self.q.shape;
+        let [_, hkv, tk, dv] = self.v.shape;
+        let zero = |to: &Rows<f32>, [b, h, t, n]: [usize; 4]| {
+            (0..b * h).into_par_iter().for_each(|bh| {
+                for i in 0..t {
+                    // SAFETY: this task alone has these rows, each once; no cell runs yet.
+                    unsafe { to.row_mut(bh / h, bh % h, i)[..n].fill(0.0) };
+                }
+            });
+        };
+        zero(&self.dq, [b, h, tq, d]);
+        zero(&self.dk, [b, hkv, tk, d]);
+        zero(&self.dv, [b, hkv, tk, dv]);
+        if let Some(to) = &self.dbias {
+            zero(to, [b, h, tq, tk]);
+        }
+    }
+
+    fn deltas(&self, out: &View<f32>, dlse: Option<&[f32]>) -> Vec<f32> {
+        let [b, h, tq, _] = self.q.shape;
+        let dv = self.v.shape[3];
+        let mut delta = vec![0f32; b * h * tq];
+        delta.par_iter_mut().with_min_len(64).enumerate().for_each(|(r, x)| {
+            let (bi, hi, i) = (r / (h * tq), r / tq % h, r % tq);
+            let (o, g) = (out.row(bi, hi, i), self.dout.row(bi, hi, i));
+            // SAFETY: rows of dv elements; `isa` is at most what the machine has.
+            let sum = unsafe { grad::dot(self.isa, o.as_ptr(), g.as_ptr(), dv) };
+            *x = sum - dlse.map_or(0.0, |d| d[r]);
+        });
+        delta
+    }
+
+    /// A sink is a key with a score of its own and a value of zero: ds = P (0 − D).
+    fn sinks(&self, sinks: &[f32], to: &mut [f32]) {
+        let [_, h, tq, _] = self.q.shape;
+        let mut sums = vec![0f64; h];
+        for (r, (delta, lse)) in self.delta.iter().zip(self.lse).enumerate() {
+            let hi = r / tq % h;
+            sums[hi] -= f64::from(sinks[hi] - lse).exp() * f64::from(*delta);
+        }
+        for (to, sum) in to.iter_mut().zip(sums) {
+            *to = sum as f32;
+        }
+    }
+
+    /// Whether a query of `rows` sees a key of `keys`, as far as causality and window tell.
+    fn meets(&self, rows: &Range<usize>, keys: &Range<usize>) -> bool {
+        self.scope.visible(rows.start).start < keys.end && keys.start < self.scope.visible(rows.end - 1).end
+    }
+
+    /// All query heads of one K/V head: `rows` against `keys`.
+    fn cell(&self, s: &mut Scratch, [bi, kh]: [usize; 2], rows: Range<usize>, keys: Range<usize>) -> Work {
+        let (d, dv) = (self.q.shape[3], self.v.shape[3]);
+        let group = self.q.shape[1] / self.k.shape[1];
+        let lanes = self.kernels.lanes;
+        let (dp, dvp) = (d.next_multiple_of(lanes), dv.next_multiple_of(lanes));
+        let (wide_k, wide_v) = (s.wide_k.at_least(keys.len() * d), s.wide_v.at_least(keys.len() * dv));
+        let (dk, dv_sums) = (s.dk.at_least(keys.len() * dp), s.dv.at_least(keys.len() * dvp));
+        // SAFETY: `at_least` gave so many elements, initialised.
+        unsafe {
+            std::slice::from_raw_parts_mut(dk, keys.len() * dp).fill(0.0);
+            std::slice::from_raw_parts_mut(dv_sums, keys.len() * dvp).fill(0.0);
+        }
+        let pointers: Vec<_> = keys
+            .clone()
+            .enumerate()
+            // SAFETY: row x of room for all keys.
+            .map(|(x, j)| unsafe {
+                let k = wide(self.kernels, self.k.row(bi, kh, j), wide_k.add(x * d));
+                let v = wide(self.kernels, self.v.row(bi, kh, j), wide_v.add(x * dv));
+                (k, v, dk.add(x * dp), dv_sums.add(x * dvp))
+            })
+            .collect();
+        let mut work = Work::default();
+        for hi in kh * group..(kh + 1) * group {
+            let block = self.scope.source.block(bi * self.q.shape[1] + hi);
+            let mut at = rows.start;
+            while at < rows.end {
+                let end = (at / block + 1).saturating_mul(block).min(at + MAX_ROWS).min(rows.end);
+                work += self.rows(s, [bi, hi], at..end, &keys, &pointers);
+                at = end;
+            }
+        }
+        if work.pairs > 0 {
+            for (&(_, _, from_k, from_v), j) in pointers.iter().zip(keys) {
+                // SAFETY: in this round only this cell has these rows; `from` are rows of at least d and dv;
+                // `isa` is at most what the machine has.
+                unsafe {
+                    let to = self.dk.row_mut(bi, kh, j);
+                    grad::add_scaled(self.isa, from_k, d, self.scope.p.scale, to.as_mut_ptr());
+                    let to = self.dv.row_mut(bi, kh, j);
+                    grad::add_scaled(self.isa, from_v, dv, 1.0, to.as_mut_ptr());
+                }
+            }
+        }
+        work
+    }
+
+    /// `rows` of one head, all of one block and at most MAX_ROWS, against those of `part` that they visit.
+    /// `pointers` are rows of K, V and of the sums for dK and dV, one for each key of `part`.
+    fn rows(
+        &self,
+        s: &mut Scratch,
+        [bi, hi]: [usize; 2],
+        rows: Range<usize>,
+        part: &Range<usize>,
+        pointers: &[(*const f32, *const f32, *mut f32, *mut f32)],
+    ) -> Work {
+        let h = self.q.shape[1];
+        let (d, dv) = (self.q.shape[3], self.v.shape[3]);
+        let (mut work, keys) = self.scope.list(&mut s.listed, bi * h + hi, &rows, part);
+        if work.pairs == 0 {
+            return work;
+        }
+        let size = size_of::<T>();
+        work.flops = 2 * work.pairs * (3 * d + 2 * dv) as u64;
+        // Rows of K and V, sums for dK and dV in and out; q, dout, dq in and out.
+        work.bytes = keys * ((d + dv) * (size + 8)) as u64 + (rows.len() * (d * (size + 8) + dv * 4)) as u64;
+
+        let lanes = self.kernels.lanes;
+        let full = lanes * self.kernels.vecs;
+        let n = rows.len();
+        let padded = n.next_multiple_of(lanes);
+        let (dp, dvp) = (d.next_multiple_of(lanes), dv.next_multiple_of(lanes));
+        let strips = |i: usize| ((i + full).min(n), full.min(padded - i));
+        let (q, dout) = (s.q.at_least(n * dp), s.dout.at_least(n * dvp));
+        let (qt, dot, dqt) = (s.qt.at_least(padded * d), s.dot.at_least(padded * dv), s.dqt.at_least(padded * d));
+        let stat = s.stat.at_least(2 * padded);
+        let (scores, ds) = (s.s.at_least((KEY_TILE + KEY_PAD) * full), s.ds.at_least((KEY_TILE + KEY_PAD) * full));
+        let dbias = if self.dbias.is_some() { s.dbias.at_least(KEY_TILE * full) } else { null_mut() };
+        // SAFETY: all rooms are of the sizes asked for above; rows of q are d wide and of dout dv.
+        unsafe {
+            for (x, i) in rows.clone().enumerate() {
+                for (to, width, padded) in [(q.add(x * dp), d, dp), (dout.add(x * dvp), dv, dvp)] {
+                    std::slice::from_raw_parts_mut(to.add(width), padded - width).fill(0.0);
+                }
+                let from = wide(self.kernels, self.q.row(bi, hi, i), q.add(x * dp));
+                if from != q.add(x * dp) {
+                    std::ptr::copy_nonoverlapping(from, q.add(x * dp), d);
+                }
+                std::ptr::copy_nonoverlapping(self.dout.row(bi, hi, i).as_ptr(), dout.add(x * dvp), dv);
+            }
+            let at = |base: *const f32, step: usize, i: usize| {
+                let mut p = [null(); MAX_STRIP];
+                for (x, p) in p.iter_mut().enumerate().take(n - i) {
+                    *p = base.add((i + x) * step);
+                }
+                p
+            };
+            for i in (0..n).step_by(full) {
+                let (b, w) = strips(i);
+                (self.kernels.pack)(&at(q, dp, i)[..b - i], d, 1.0, w, qt.add(i * d));
+                (self.kernels.pack)(&at(dout, dvp, i)[..b - i], dv, 1.0, w, dot.add(i * dv));
+            }
+            let first = (bi * h + hi) * self.scope.tq + rows.start;
+            for x in 0..padded {
+                // A row that sees nothing, and a lane without a row, has weights of e^−∞.
+                let lse = if x < n { self.lse[first + x] } else { f32::INFINITY };
+                *stat.add(x) = if lse == f32::NEG_INFINITY { f32::INFINITY } else { lse };
+                *stat.add(padded + x) = if x < n { self.delta[first + x] } else { 0.0 };
+            }
+            std::slice::from_raw_parts_mut(dqt, padded * d).fill(0.0);
+        }
+        let (factor, cap) = match self.scope.p.softcap {
+            Some(cap) => (self.scope.p.scale / cap, cap),
+            None => (self.scope.p.scale, 0.0),
+        };
+
+        let mut k_rows = [null(); KEY_TILE + KEY_PAD];
+        let mut v_rows = [null(); KEY_TILE + KEY_PAD];
+        let (mut dk_rows, mut dv_rows) = ([null_mut(); KEY_TILE], [null_mut(); KEY_TILE]);
+        for keys in s.listed.keys.chunks(KEY_TILE).zip((0..).step_by(KEY_TILE)) {
+            let (keys, at) = keys;
+            for (x, &j) in keys.iter().enumerate() {
+                (k_rows[x], v_rows[x], dk_rows[x], dv_rows[x]) = pointers[j as usize - part.start];
+            }
+            let (k_pad, v_pad) = (k_rows[keys.len() - 1], v_rows[keys.len() - 1]);
+            k_rows[keys.len()..keys.len() + KEY_PAD].fill(k_pad);
+            v_rows[keys.len()..keys.len() + KEY_PAD].fill(v_pad);
+            for i in (0..n).step_by(full) {
+                let (b, w) = strips(i);
+                let (first, last) = (self.scope.visible(rows.start + i), self.scope.visible(rows.start + b - 1));
+                // Keys ascend: what this strip cannot see lies at the two ends of the tile.
+                let from = keys.partition_point(|&j| (j as usize) < first.start);
+                let to = keys.partition_point(|&j| (j as usize) < last.end);
+                if from >= to {
+                    continue;
+                }
+                let marks = (!s.listed.marks.is_empty()).then(|| &s.listed.marks[at + from..at + to]);
+                let edge = (keys[to - 1] as usize) >= first.end || (keys[from] as usize) < last.start;
+                if edge || marks.is_some() {
+                    self.scope.masks(&mut s.masks, &keys[from..to], rows.start + i, marks.map(|m| (m, i)));
+                }
+                let of = rows.start + i..rows.start + b;
+                let bias = self.scope.bias_tile(&mut s.bias, [bi, hi], &keys[from..to], of.clone(), w, LOG2_E);
+                // SAFETY: strip i starts after i lanes of d (dv) elements, and after i rows of dp (dvp); a part
+                // of a tile starts at `from`, and KEY_PAD pointers behind the tile are readable; `isa` is at
+                // most what the machine has.
+                unsafe {
+                    let step = grad::Step {
+                        nv: w / lanes,
+                        nq: b - i,
+                        d,
+                        dv,
+                        dp,
+                        dvp,
+                        nk: to - from,
+                        qt: qt.add(i * d),
+                        dot: dot.add(i * dv),
+                        q: q.add(i * dp),
+                        dout: dout.add(i * dvp),
+                        k: k_rows.as_ptr().add(from),
+                        v: v_rows.as_ptr().add(from),
+                        dk: dk_rows.as_ptr().add(from),
+                        dv_rows: dv_rows.as_ptr().add(from),
+                        dqt: dqt.add(i * d),
+                        lse: stat.add(i),
+                        delta: stat.add(padded + i),
+                        masks: if edge || marks.is_some() { s.masks.as_ptr() } else { null() },
+                        bias,
+                        factor,
+                        cap,
+                        s: scores,
+                        ds,
+                        dbias,
+                    };
+                    grad::step(self.isa, &step);
+                }
+                if let Some(to_bias) = &self.dbias {
+                    for (x, i) in of.enumerate() {
+                        let row = to_bias.row_ptr(bi, hi, i);
+                        for (y, &j) in keys[from..to].iter().enumerate() {
+                            // SAFETY: in this round only this cell has these queries and keys; j < tk; the
+                            // visit filled rows of w.
+                            unsafe { *row.add(j as usize) = *dbias.add(y * w + x) };
+                        }
+                    }
+                }
+            }
+        }
+
+        // SAFETY: dQᵀ of a strip is d rows of w; room for w rows of dp; in this round only this cell has
+        // these rows of dq.
+        unsafe {
+            for i in (0..n).step_by(full) {
+                let (b, w) = strips(i);
+                let lines: Vec<_> = (0..d).map(|c| dqt.add(i * d + c * w).cast_const()).collect();
+                let dq = s.dq.at_least(w * dp);
+                (self.kernels.pack)(&lines, w, self.scope.p.scale, dp, dq);
+                for x in 0..b - i {
+                    let to = self.dq.row_mut(bi, hi, rows.start + i + x);
+                    grad::add_scaled(self.isa, dq.add(x * dp), d, 1.0, to.as_mut_ptr());
+                }
+            }
+        }
+        work
+    }
+}

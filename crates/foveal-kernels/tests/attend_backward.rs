@@ -1,0 +1,680 @@
+//! The backward pass of attention against its f64 twin, under every instruction set of the machine; the twin
+//! against differences of the forward twin, and both against PyTorch's autograd.
+//!
+//! Error rule for gradients: max|g − ref64| ≤ 3 · max|simple f32 − ref64|, with a floor for cases in which
+//! the simple version happens to be (nearly) exact.
+
+#[path = "common/problem.rs"]
+mod problem;
+
+use foveal_kernels::{
+    Attend, AttendGrads, Bias, BlockTable, Element, HeadKeys, HeadTable, Isa, KeyLists, Upstream, View, ViewMut, Work,
+    attend_indexed, attend_indexed_backward, twin,
+};
+use half::bf16;
+use problem::*;
+use proptest::prelude::*;
+use safetensors::SafeTensors;
+use std::path::Path;
+
+/// Gradients of a call, f32: dq, dk, dv, dsinks, dbias.
+type Grads = [Vec<f32>; 5];
+const NAMES: [&str; 5] = ["dq", "dk", "dv", "dsinks", "dbias"];
+
+/// What the loss says: Σ out · dout + Σ lse · dlse.
+fn upstream(s: Shape) -> (Vec<f32>, Vec<f32>) {
+    let mut r = Rng(s.seed + 77);
+    let mut fill = |n: usize| (0..n).map(|_| r.normal()).collect();
+    (fill(s.b * s.h * s.tq * s.dv), fill(s.b * s.h * s.tq))
+}
+
+/// Forward, then backward into poisoned memory.
+fn call<T: Element>(s: Shape, x: &Data<T>, p: &Attend, lists: Option<&KeyLists>, dlse: bool) -> (Grads, Work) {
+    let [q, k, v] = views(s, x);
+    let (dout, dl) = upstream(s);
+    let shape = [s.b, s.h, s.tq, s.dv];
+    let mut out = vec![0f32; dout.len()];
+    let mut lse = vec![0f32; dl.len()];
+    let mut o = ViewMut::contiguous("out", &mut out, shape).unwrap();
+    match lists {
+        None => p.run(&q, &k, &v, &mut o, Some(&mut lse)),
+        Some(l) => attend_indexed(p, l, &q, &k, &v, &mut o, Some(&mut lse)),
+    }
+    .unwrap();
+    let poison = |n: usize| vec![f32::NAN; n];
+    let mut g = [
+        poison(x.q.len()),
+        poison(x.k.len()),
+        poison(x.v.len()),
+        poison(p.sinks.map_or(0, <[f32]>::len)),
+        poison(s.b * s.h * s.tq * s.tk),
+    ];
+    let [dq, dk, dv, dsinks, dbias] = &mut g;
+    let grads = AttendGrads {
+        dq: &mut ViewMut::contiguous("dq", dq, q.shape).unwrap(),
+        dk: &mut ViewMut::contiguous("dk", dk, k.shape).unwrap(),
+        dv: &mut ViewMut::contiguous("dv", dv, v.shape).unwrap(),
+        dsinks: p.sinks.is_some().then_some(dsinks.as_mut_slice()),
+        dbias: Some(&mut ViewMut::contiguous("dbias", dbias, [s.b, s.h, s.tq, s.tk]).unwrap()),
+    };
+    let up = Upstream {
+        out: &View::contiguous("out", &out, shape).unwrap(),
+        lse: &lse,
+        dout: &View::contiguous("dout", &dout, shape).unwrap(),
+        dlse: dlse.then_some(&dl),
+    };
+    let work = match lists {
+        None => p.backward(&q, &k, &v, &up, grads),
+        Some(l) => attend_indexed_backward(p, l, &q, &k, &v, &up, grads),
+    }
+    .unwrap();
+    (g, work)
+}
+
+/// The backward pass in f32, in the plainest order. `narrow` rounds to bf16 what enters a product, as a model
+/// in bf16 does that computes weights and their gradients whole.
+fn simple<T: Element>(
+    s: Shape,
+    x: &Data<T>,
+    p: &Attend,
+    dlse: bool,
+    narrow: bool,
+    visible: &dyn Fn(usize, usize, usize, usize) -> bool,
+) -> Grads {
+    let wide = |x: &[T]| x.iter().map(|x| x.to_f32()).collect::<Vec<_>>();
+    let (q, k, v) = (wide(&x.q), wide(&x.k), wide(&x.v));
+    let (mut dout, dl) = upstream(s);
+    let round = |w: f32| if narrow { bf16::from_f32(w).to_f32() } else { w };
+    dout.iter_mut().for_each(|x| *x = round(*x));
+    let mut g = [
+        vec![0f32; q.len()],
+        vec![0f32; k.len()],
+        vec![0f32; v.len()],
+        vec![0f32; p.sinks.map_or(0, <[f32]>::len)],
+        vec![0f32; s.b * s.h * s.tq * s.tk],
+    ];
+    let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).fold(0f32, |a, (x, y)| a + x * y);
+    for r in 0..s.b * s.h * s.tq {
+        let (b, h, i) = (r / (s.h * s.tq), r / s.tq % s.h, r % s.tq);
+        let kv = b * s.hkv + h / (s.h / s.hkv);
+        let (q, dout) = (&q[r * s.d..(r + 1) * s.d], &dout[r * s.dv..(r + 1) * s.dv]);
+        let row = |x: &[f32], j: usize, n: usize| x[(kv * s.tk + j) * n..(kv * s.tk + j + 1) * n].to_vec();
+        let scores: Vec<_> = (0..s.tk)
+            .filter(|&j| visible(b, h, i, j))
+            .map(|j| {
+                let a = dot(q, &row(&k, j, s.d)) * p.scale;
+                let bent = p.softcap.map_or(0.0, |c| (a / c).tanh());
+                (j, p.softcap.map_or(a, |c| c * bent) + bias_of(s, p, b, h, i, j), bent)
+            })
+            .collect();
+        let sink = p.sinks.map(|s| s[h]);
+        let m = scores.iter().map(|x| x.1).chain(sink).fold(f32::NEG_INFINITY, f32::max);
+        if m == f32::NEG_INFINITY {
+            continue;
+        }
+        // Anew from the log-sum-exp in f32, which is what a backward pass has.
+        let lse = m + scores.iter().map(|x| x.1).chain(sink).fold(0f32, |a, x| a + (x - m).exp()).ln();
+        let mut delta = if dlse { -dl[r] } else { 0.0 };
+        for &(j, a, _) in &scores {
+            delta += round((a - lse).exp()) * dot(dout, &row(&v, j, s.dv));
+        }
+        if let Some(sink) = sink {
+            g[3][h] -= (sink - lse).exp() * delta;
+        }
+        for &(j, a, bent) in &scores {
+            let w = round((a - lse).exp());
+            let ds = w * (dot(dout, &row(&v, j, s.dv)) - delta);
+            g[4][r * s.tk + j] = ds;
+            let ds = round(ds * (1.0 - bent * bent)) * p.scale;
+            let at = kv * s.tk + j;
+            for c in 0..s.d {
+                g[0][r * s.d + c] += ds * k[at * s.d + c];
+                g[1][at * s.d + c] += ds * q[c];
+            }
+            for c in 0..s.dv {
+                g[2][at * s.dv + c] += w * dout[c];
+            }
+        }
+    }
+    g
+}
+
+fn twin_of<T: Element>(
+    s: Shape,
+    x: &Data<T>,
+    p: &Attend,
+    dlse: bool,
+    visible: &dyn Fn(usize, usize, usize, usize) -> bool,
+) -> [Vec<f64>; 5] {
+    let (dout, dl) = upstream(s);
+    let (sinks, dl): (Option<Vec<f64>>, _) = (p.sinks.map(f64s), f64s(&dl));
+    let g = twin::attend_backward(
+        &f64s(&x.q),
+        &f64s(&x.k),
+        &f64s(&x.v),
+        &f64s(&dout),
+        dlse.then_some(&dl),
+        [s.b, s.h, s.tq, s.d],
+        [s.hkv, s.tk, s.dv],
+        f64::from(p.scale),
+        p.softcap.map(f64::from),
+        sinks.as_deref(),
+        &|b, h, i, j| f64::from(bias_of(s, p, b, h, i, j)),
+        visible,
+    );
+    [g.dq, g.dk, g.dv, g.dsinks, g.dbias]
+}
+
+fn check_as<T: Element>(
+    s: Shape,
+    p: &Attend,
+    lists: Option<&KeyLists>,
+    visible: &dyn Fn(usize, usize, usize, usize) -> bool,
+) {
+    let x = data::<T>(s);
+    let visible = |b: usize, h: usize, i: usize, j: usize| allowed(s, p, i, j) && visible(b, h, i, j);
+    let dlse = s.seed.is_multiple_of(2);
+    let want = twin_of(s, &x, p, dlse, &visible);
+    // Rounding, where nearly all cancels: terms are of the size of one, times k or q.
+    let bounds = |narrow| -> Vec<f64> {
+        let plain = simple(s, &x, p, dlse, narrow, &visible);
+        let floor = if narrow { 4e-3 } else { 3e-6 };
+        let bound = |(plain, want): (&Vec<f32>, &Vec<f64>)| {
+            let top = want.iter().fold(1f64, |a, x| a.max(x.abs()));
+            3.0 * worst(plain.iter().map(|&x| f64::from(x)), want) + floor * top
+        };
+        plain.iter().zip(&want).map(bound).collect()
+    };
+    let (wide, narrow) = (bounds(false), bounds(true));
+    let mut work = None;
+    for isa in Isa::available() {
+        let (got, w) = call(s, &x, &p.clone().isa(isa), lists, dlse);
+        let bounds = if T::NAME == "bf16" && isa == Isa::Amx { &narrow } else { &wide };
+        for (i, name) in NAMES.into_iter().enumerate() {
+            let (err, bound) = (worst(got[i].iter().map(|&x| f64::from(x)), &want[i]), bounds[i]);
+            assert!(err <= bound, "{isa} {} {s:?}: error of {name} {err:e} over {bound:e}", T::NAME);
+        }
+        let w = Work { fallback: 0, ..w };
+        assert_eq!(*work.get_or_insert(w), w, "{isa}: work differs");
+    }
+}
+
+fn check(s: Shape, p: &Attend, lists: Option<&KeyLists>, visible: &dyn Fn(usize, usize, usize, usize) -> bool) {
+    check_as::<f32>(s, p, lists, visible);
+    check_as::<bf16>(s, p, lists, visible);
+}
+
+#[test]
+fn head_widths() {
+    for (d, dv) in
+        [(1, 1), (5, 3), (16, 70), (70, 16), (7, 64), (64, 64), (80, 80), (96, 32), (128, 128), (256, 256), (33, 65)]
+    {
+        let s = Shape { d, dv, tq: 37, tk: 101, ..BASE };
+        check(s, &scaled(s).causal(true), None, &all);
+    }
+}
+
+#[test]
+fn lengths() {
+    for (tq, tk) in
+        [(1, 1), (1, 300), (3, 2), (16, 16), (17, 31), (64, 64), (65, 97), (128, 128), (200, 90), (90, 200), (500, 610)]
+    {
+        for causal in [false, true] {
+            let s = Shape { tq, tk, d: 20, dv: 12, seed: tq as u64, ..BASE };
+            check(s, &scaled(s).causal(causal), None, &all);
+        }
+    }
+}
+
+#[test]
+fn batches_and_groups() {
+    for (b, h, hkv) in [(2, 6, 2), (3, 4, 4), (1, 7, 1)] {
+        let s = Shape { b, h, hkv, tq: 33, tk: 70, d: 16, dv: 24, ..BASE };
+        check(s, &scaled(s).causal(true), None, &all);
+    }
+}
+
+#[test]
+fn no_keys_no_queries() {
+    for (tq, tk) in [(5, 0), (0, 5), (0, 0)] {
+        let s = Shape { tq, tk, ..BASE };
+        check(s, &scaled(s), None, &all);
+        check(s, &scaled(s).causal(true), None, &all);
+    }
+}
+
+#[test]
+fn windows() {
+    for (tq, tk) in [(150, 150), (70, 260), (130, 60), (450, 450)] {
+        for w in [1, 17, 100, 1000] {
+            let s = Shape { tq, tk, d: 24, dv: 16, ..BASE };
+            check(s, &scaled(s).causal(true).window(Some(w)), None, &all);
+        }
+    }
+}
+
+#[test]
+fn extreme_logits() {
+    for std in [5.0, 30.0] {
+        let s = Shape { std, tq: 40, tk: 200, ..BASE };
+        check(s, &scaled(s), None, &all);
+        check(s, &scaled(s).causal(true), None, &all);
+    }
+}
+
+#[test]
+fn biases() {
+    let slopes = [0.5f32, 0.03];
+    for tq in [2, 70, 200] {
+        let s = Shape { tq, d: 24, dv: 16, ..BASE };
+        for p in [scaled(s), scaled(s).causal(true), Attend::new(-0.2), Attend::new(0.0)] {
+            check(s, &p.clone().bias(Some(Bias::Alibi(&slopes))), None, &all);
+            // One bias for both heads, with some keys masked by it and one row wholly.
+            let mut r = Rng(9);
+            let mut x: Vec<f32> = (0..tq * s.tk).map(|_| r.normal() * 2.0).collect();
+            x.iter_mut().step_by(7).for_each(|x| *x = f32::NEG_INFINITY);
+            x[s.tk..2 * s.tk].fill(f32::NEG_INFINITY);
+            let view = View::new("bias", &x, [1, 2, tq, s.tk], [0, 0, s.tk]).unwrap();
+            let mut p = p.bias(Some(Bias::Dense(view)));
+            check(s, &p, None, &all);
+            p.softcap = Some(3.0);
+            check(s, &p, None, &all);
+        }
+    }
+}
+
+#[test]
+fn softcap_and_sinks() {
+    let sinks = [0.7f32, -3.0];
+    for (std, cap) in [(1.0, 50.0), (3.0, 20.0), (8.0, 5.0)] {
+        for seed in [1, 2] {
+            let s = Shape { std, seed, ..BASE };
+            let mut p = scaled(s).causal(true).window(Some(100));
+            p.softcap = Some(cap);
+            check(s, &p, None, &all);
+            p.sinks = Some(&sinks);
+            check(s, &p, None, &all);
+            p.softcap = None;
+            check(s, &p, None, &all);
+        }
+    }
+    // More queries than keys: the first rows see the sink alone.
+    let s = Shape { tq: 50, tk: 20, ..BASE };
+    let mut p = scaled(s).causal(true);
+    p.sinks = Some(&sinks);
+    check(s, &p, None, &all);
+}
+
+#[test]
+fn block_tables() {
+    let mut r = Rng(5);
+    let blocks = [(1, 1), (3, 5), (16, 16), (64, 64), (64, 1), (48, 32), (100, 64), (128, 128), (512, 512), (7, 200)];
+    for (bq, bk) in blocks {
+        for density in [0.0, 0.2, 0.6] {
+            let s = Shape { tq: 150, tk: 410, d: 8, dv: 8, ..BASE };
+            let t = random_table(s, &mut r, bq, bk, density, false);
+            let visible = |b, h, i, j| in_table(s, &t, b, h, i, j);
+            check(s, &scaled(s).table(Some(&t)), None, &visible);
+            if bq <= 64 {
+                let t = random_table(s, &mut r, bq, bk, density, true);
+                let visible = |b, h, i, j| in_table(s, &t, b, h, i, j);
+                check(s, &scaled(s).causal(true).table(Some(&t)), None, &visible);
+            }
+        }
+    }
+    let s = Shape { tq: 600, tk: 700, d: 8, dv: 8, ..BASE };
+    for (bq, bk) in [(300, 100), (512, 64), (64, 512)] {
+        let t = random_table(s, &mut r, bq, bk, 0.5, false);
+        let visible = |b, h, i, j| in_table(s, &t, b, h, i, j);
+        check(s, &scaled(s).causal(true).window(Some(150)).table(Some(&t)), None, &visible);
+    }
+}
+
+#[test]
+fn key_lists_and_blocks_beside_them() {
+    let mut r = Rng(7);
+    let s = Shape { b: 2, tq: 130, tk: 390, d: 40, dv: 24, ..BASE };
+    for group in [1, 5, 16, 64, 1000] {
+        let heads: Vec<HeadKeys> = (0..s.b * s.h)
+            .map(|_| {
+                let lists = (0..s.tq.div_ceil(group))
+                    .map(|_| (0..r.below(80)).map(|_| r.below(s.tk) as u32).collect())
+                    .collect();
+                HeadKeys::from_lists(group, lists)
+            })
+            .collect();
+        let l = KeyLists { heads };
+        let listed = |b: usize, h: usize, i: usize, j: usize| {
+            l.heads[b * s.h + h].row(i / group).binary_search(&(j as u32)).is_ok()
+        };
+        check(s, &scaled(s).causal(true), Some(&l), &listed);
+        let t = random_table(s, &mut r, group.min(64), 32, 0.2, false);
+        if group <= 64 {
+            let visible = |b, h, i, j| in_table(s, &t, b, h, i, j) || listed(b, h, i, j);
+            check(s, &scaled(s).table(Some(&t)), Some(&l), &visible);
+        }
+    }
+}
+
+#[test]
+fn rows_without_keys_give_nothing() {
+    // More queries than keys under a causal mask; an empty table; and a NaN nobody may see.
+    let s = Shape { tq: 80, tk: 30, ..BASE };
+    let x = data::<f32>(s);
+    for isa in Isa::available() {
+        let ([dq, ..], _) = call(s, &x, &scaled(s).causal(true).isa(isa), None, true);
+        for h in 0..s.h {
+            let row = |i: usize| &dq[(h * s.tq + i) * s.d..(h * s.tq + i + 1) * s.d];
+            assert!((0..50).all(|i| row(i).iter().all(|&x| x == 0.0)), "{isa}: hidden rows have gradients");
+            assert!(row(51).iter().any(|&x| x != 0.0), "{isa}");
+        }
+        let heads = (0..2).map(|_| HeadTable::from_lists(64, 64, vec![vec![]; 2])).collect();
+        let t = BlockTable { heads };
+        let (g, work) = call(s, &x, &scaled(s).table(Some(&t)).isa(isa), None, true);
+        assert!(g.iter().flatten().all(|&x| x == 0.0), "{isa}: an empty table has gradients");
+        assert_eq!(work, Work::default());
+    }
+    let s = Shape { tq: 200, tk: 200, ..BASE };
+    let mut x = data::<f32>(s);
+    let whole: Vec<_> =
+        Isa::available().into_iter().map(|isa| call(s, &x, &scaled(s).causal(true).isa(isa), None, false).0).collect();
+    for c in 0..s.d {
+        (x.k[150 * s.d + c], x.v[150 * s.dv + c]) = (f32::NAN, f32::NAN);
+    }
+    for (isa, whole) in Isa::available().into_iter().zip(whole) {
+        let (g, _) = call(s, &x, &scaled(s).causal(true).isa(isa), None, false);
+        for h in 0..s.h {
+            let rows = |x: &[f32], a: usize, b: usize| x[(h * s.tq + a) * s.d..(h * s.tq + b) * s.d].to_vec();
+            assert_eq!(rows(&g[0], 0, 64), rows(&whole[0], 0, 64), "{isa}");
+            assert!(rows(&g[0], 150, 200).iter().all(|x| x.is_nan()), "{isa}: NaN must not be hidden");
+        }
+    }
+}
+
+#[test]
+fn strided_operands_and_results() {
+    // (B, T, H, D) memory with gaps, against the same numbers laid out plainly.
+    let s = Shape { b: 2, h: 4, hkv: 2, tq: 75, tk: 110, d: 20, dv: 12, ..BASE };
+    let x = data::<f32>(s);
+    let (dout, _) = upstream(s);
+    let spread = |x: &[f32], [b, h, t, d]: [usize; 4], pad: usize| {
+        let strides = [t * h * (d + pad), d + pad, h * (d + pad)];
+        let mut y = vec![f32::NAN; b * strides[0]];
+        for i in 0..b * h * t {
+            let (bi, hi, ti) = (i / (h * t), i / t % h, i % t);
+            let at = bi * strides[0] + hi * strides[1] + ti * strides[2];
+            y[at..at + d].copy_from_slice(&x[i * d..(i + 1) * d]);
+        }
+        (y, strides)
+    };
+    let (qs, ks, vs, os) =
+        ([s.b, s.h, s.tq, s.d], [s.b, s.hkv, s.tk, s.d], [s.b, s.hkv, s.tk, s.dv], [s.b, s.h, s.tq, s.dv]);
+    let ((q, qst), (k, kst), (v, vst)) = (spread(&x.q, qs, 3), spread(&x.k, ks, 1), spread(&x.v, vs, 5));
+    for isa in Isa::available() {
+        let p = scaled(s).causal(true).isa(isa);
+        let (want, _) = call(s, &x, &p, None, false);
+        let (q, k, v) = (
+            View::new("q", &q, qs, qst).unwrap(),
+            View::new("k", &k, ks, kst).unwrap(),
+            View::new("v", &v, vs, vst).unwrap(),
+        );
+        let (mut out, ost) = spread(&dout, os, 2);
+        let mut lse = vec![0f32; s.b * s.h * s.tq];
+        p.run(&q, &k, &v, &mut ViewMut::new("out", &mut out, os, ost).unwrap(), Some(&mut lse)).unwrap();
+        let (dout, dst) = spread(&dout, os, 1);
+        let ((mut dq, a), (mut dk, b), (mut dv, c)) =
+            (spread(&want[0], qs, 2), spread(&want[1], ks, 4), spread(&want[2], vs, 0));
+        let expect = [dq.clone(), dk.clone(), dv.clone()];
+        for x in dq.iter_mut().chain(&mut dk).chain(&mut dv) {
+            *x = if x.is_nan() { -7.0 } else { 1e9 };
+        }
+        p.backward(
+            &q,
+            &k,
+            &v,
+            &Upstream {
+                out: &View::new("out", &out, os, ost).unwrap(),
+                lse: &lse,
+                dout: &View::new("dout", &dout, os, dst).unwrap(),
+                dlse: None,
+            },
+            AttendGrads {
+                dq: &mut ViewMut::new("dq", &mut dq, qs, a).unwrap(),
+                dk: &mut ViewMut::new("dk", &mut dk, ks, b).unwrap(),
+                dv: &mut ViewMut::new("dv", &mut dv, vs, c).unwrap(),
+                dsinks: None,
+                dbias: None,
+            },
+        )
+        .unwrap();
+        for (mut want, got) in expect.into_iter().zip([dq, dk, dv]) {
+            want.iter_mut().for_each(|x| *x = if x.is_nan() { -7.0 } else { *x });
+            assert!(got == want, "{isa}: rows differ or the gaps between them were touched");
+        }
+    }
+}
+
+#[test]
+fn the_same_whatever_the_threads() {
+    let s = Shape { h: 3, hkv: 1, tq: 700, tk: 650, d: 16, dv: 16, ..BASE };
+    let x = data::<f32>(s);
+    let p = scaled(s).causal(true);
+    let with = |n: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
+        pool.install(|| call(s, &x, &p, None, true))
+    };
+    let one = with(1);
+    for n in [2, 3, 7] {
+        assert!(with(n) == one, "{n} threads change the result");
+    }
+}
+
+#[test]
+fn work_counts_five_products() {
+    let s = Shape { h: 1, tq: 256, tk: 256, d: 16, dv: 8, ..BASE };
+    let x = data::<f32>(s);
+    let (_, dense) = call(s, &x, &scaled(s), None, false);
+    assert_eq!((dense.pairs, dense.tiles), (256 * 256, 16));
+    assert_eq!(dense.flops, 2 * dense.pairs * (3 * 16 + 2 * 8));
+    let (_, causal) = call(s, &x, &scaled(s).causal(true), None, false);
+    assert_eq!((causal.pairs, causal.tiles), (64 * 64 * 10, 10));
+    // One cell of 192 keys and one of 64, in query tiles of 64.
+    let keys = 4 * 256;
+    let rows = 256 + 256;
+    assert_eq!(dense.bytes, keys * (16 + 8) * 12 + rows * (16 * 12 + 8 * 4));
+}
+
+#[test]
+fn wrong_calls_are_refused() {
+    let s = BASE;
+    let x = data::<f32>(s);
+    let [q, k, v] = views(s, &x);
+    let (dout, dl) = upstream(s);
+    let shape = [s.b, s.h, s.tq, s.dv];
+    let refused =
+        |what: &str, p: &Attend, lse: &[f32], dlse: Option<&[f32]>, cut: usize, dsinks: Option<&mut [f32]>| {
+            let (mut dq, mut dk, mut dv) = (vec![0f32; x.q.len()], vec![0f32; x.k.len()], vec![0f32; x.v.len()]);
+            let [mut qs, mut ks, mut vs, mut os] = [q.shape, k.shape, v.shape, shape];
+            if let Some(x) = [&mut qs, &mut ks, &mut vs, &mut os].into_iter().nth(cut) {
+                x[2] -= 1;
+            }
+            let err = p
+                .backward(
+                    &q,
+                    &k,
+                    &v,
+                    &Upstream {
+                        out: &View::contiguous("out", &dout, shape).unwrap(),
+                        lse,
+                        dout: &View::contiguous("dout", &dout, os).unwrap(),
+                        dlse,
+                    },
+                    AttendGrads {
+                        dq: &mut ViewMut::contiguous("dq", &mut dq, qs).unwrap(),
+                        dk: &mut ViewMut::contiguous("dk", &mut dk, ks).unwrap(),
+                        dv: &mut ViewMut::contiguous("dv", &mut dv, vs).unwrap(),
+                        dsinks,
+                        dbias: None,
+                    },
+                )
+                .map_err(|e| e.to_string());
+            let err = err.err();
+            assert!(err.as_ref().is_some_and(|e| e.contains(what)), "{what}: {err:?}");
+        };
+    let p = scaled(s);
+    for (i, what) in ["dq", "dk", "dv", "dout"].into_iter().enumerate() {
+        refused(what, &p, &dl, None, i, None);
+    }
+    refused("lse", &p, &dl[1..], None, 9, None);
+    refused("dlse", &p, &dl, Some(&dl[1..]), 9, None);
+    refused("sinks", &p, &dl, None, 9, Some(&mut [0.0; 2]));
+    let mut sunk = p.clone();
+    sunk.sinks = Some(&[0.0, 1.0]);
+    refused("dsinks", &sunk, &dl, None, 9, Some(&mut [0.0; 3]));
+    let t = BlockTable { heads: vec![] };
+    refused("block table", &p.clone().table(Some(&t)), &dl, None, 9, None);
+}
+
+/// The twin's gradients are those of the forward twin: central differences in f64, along random directions.
+#[test]
+fn the_twin_is_the_derivative_of_the_twin() {
+    let s = Shape { b: 2, h: 4, hkv: 2, tq: 9, tk: 11, d: 5, dv: 3, ..BASE };
+    let x = data::<f32>(s);
+    let operands = [f64s(&x.q), f64s(&x.k), f64s(&x.v), vec![0.3, -1.0, 0.0, 2.0], f64s(&upstream(s).0)];
+    let (dout, dlse) = upstream(s);
+    let (dout, dlse) = (f64s(&dout), f64s(&dlse));
+    let mut bias: Vec<f64> = (0..s.b * s.h * s.tq * s.tk).map(|i| (i as f64 * 0.7).sin()).collect();
+    bias[5] = f64::NEG_INFINITY;
+    let visible = |_: usize, h: usize, i: usize, j: usize| j <= i + 1 && !(i + h).is_multiple_of(4) && i != 0;
+    for (softcap, with_sinks) in [(None, false), (Some(2.0), false), (None, true), (Some(1.5), true)] {
+        let loss = |x: &[Vec<f64>], bias: &[f64]| {
+            let sinks = with_sinks.then_some(x[3].as_slice());
+            let at = |b: usize, h: usize, i: usize, j: usize| bias[((b * s.h + h) * s.tq + i) * s.tk + j];
+            let (qs, ks) = ([s.b, s.h, s.tq, s.d], [s.hkv, s.tk, s.dv]);
+            let (out, lse) = twin::attend_biased(&x[0], &x[1], &x[2], qs, ks, 0.6, softcap, sinks, &at, &visible);
+            let dot =
+                |x: &[f64], y: &[f64]| x.iter().zip(y).filter(|x| x.0.is_finite()).map(|(x, y)| x * y).sum::<f64>();
+            dot(&out, &dout) + dot(&lse, &dlse)
+        };
+        let at = |b: usize, h: usize, i: usize, j: usize| bias[((b * s.h + h) * s.tq + i) * s.tk + j];
+        let g = twin::attend_backward(
+            &operands[0],
+            &operands[1],
+            &operands[2],
+            &dout,
+            Some(&dlse),
+            [s.b, s.h, s.tq, s.d],
+            [s.hkv, s.tk, s.dv],
+            0.6,
+            softcap,
+            with_sinks.then_some(operands[3].as_slice()),
+            &at,
+            &visible,
+        );
+        let grads = [g.dq, g.dk, g.dv, if with_sinks { g.dsinks } else { vec![0.0; 4] }, g.dbias];
+        for (i, name) in NAMES.into_iter().enumerate() {
+            let n = if i == 4 { bias.len() } else { operands[i].len() };
+            let dir: Vec<f64> = (0..n).map(|c| (c as f64 * 1.3 + i as f64).cos()).collect();
+            let moved = |e: f64| {
+                let (mut x, mut b) = (operands.to_vec(), bias.clone());
+                let to = if i == 4 { &mut b } else { &mut x[i] };
+                to.iter_mut().zip(&dir).for_each(|(x, d)| *x += e * d);
+                loss(&x, &b)
+            };
+            let quotient = (moved(1e-5) - moved(-1e-5)) / 2e-5;
+            let product: f64 = grads[i].iter().zip(&dir).map(|(g, d)| g * d).sum();
+            assert!((quotient - product).abs() < 1e-7 * product.abs().max(1.0), "{name}: {quotient} against {product}");
+        }
+    }
+}
+
+#[test]
+fn autograd_of_another_library_agrees() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens/attend_backward.safetensors");
+    let bytes = std::fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let get = |name: &str| -> Vec<f32> {
+        let t = file.tensor(name).unwrap();
+        t.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    };
+    let dims = |name: &str| file.tensor(name).unwrap().shape().to_vec();
+    let ([h, tq, d], [hkv, tk, dv]) =
+        (<[usize; 3]>::try_from(dims("q")).unwrap(), <[usize; 3]>::try_from(dims("v")).unwrap());
+    let (q, k, v, bias, sinks, dout, dlse) =
+        (get("q"), get("k"), get("v"), get("bias"), get("sinks"), get("dout"), get("dlse"));
+    fn view<'a>(x: &'a [f32], [h, t, d]: [usize; 3]) -> View<'a, f32> {
+        View::contiguous("operand", x, [1, h, t, d]).unwrap()
+    }
+    for case in ["full", "causal", "window", "softcap", "sinks", "all"] {
+        for isa in Isa::available() {
+            let all = case == "all";
+            let mut p = Attend::new(0.7).causal(case != "full").isa(isa);
+            p.window = (all || case == "window").then_some(6);
+            p.softcap = (all || case == "softcap").then_some(3.0);
+            p.sinks = (all || case == "sinks").then_some(&sinks);
+            p.bias = all.then(|| Bias::Dense(view(&bias, [h, tq, tk])));
+            let mut out = vec![0f32; h * tq * dv];
+            let mut lse = vec![0f32; h * tq];
+            let (qv, kv, vv) = (view(&q, [h, tq, d]), view(&k, [hkv, tk, d]), view(&v, [hkv, tk, dv]));
+            let os = [1, h, tq, dv];
+            p.run(&qv, &kv, &vv, &mut ViewMut::contiguous("out", &mut out, os).unwrap(), Some(&mut lse)).unwrap();
+            let mut g = [q.len(), k.len(), v.len(), h, h * tq * tk].map(|n| vec![0f32; n]);
+            let [dq, dk, dvs, dsinks, dbias] = &mut g;
+            p.backward(
+                &qv,
+                &kv,
+                &vv,
+                &Upstream {
+                    out: &View::contiguous("out", &out, os).unwrap(),
+                    lse: &lse,
+                    dout: &view(&dout, [h, tq, dv]),
+                    dlse: Some(&dlse),
+                },
+                AttendGrads {
+                    dq: &mut ViewMut::contiguous("dq", dq, qv.shape).unwrap(),
+                    dk: &mut ViewMut::contiguous("dk", dk, kv.shape).unwrap(),
+                    dv: &mut ViewMut::contiguous("dv", dvs, vv.shape).unwrap(),
+                    dsinks: p.sinks.is_some().then_some(dsinks.as_mut_slice()),
+                    dbias: Some(&mut ViewMut::contiguous("dbias", dbias, [1, h, tq, tk]).unwrap()),
+                },
+            )
+            .unwrap();
+            let near = |name: &str, got: &[f32]| {
+                let Ok(want) = file.tensor(&format!("{case}.{name}")) else { return 0 };
+                assert_eq!(want.shape().iter().product::<usize>(), got.len());
+                for (a, b) in got.iter().zip(get(&format!("{case}.{name}"))) {
+                    assert!((a - b).abs() < 4e-6 * (1.0 + b.abs()), "{case} {name} on {isa}: {a}, golden {b}");
+                }
+                1
+            };
+            let found: i32 = NAMES.into_iter().zip(&g).map(|(n, g)| near(n, g)).sum();
+            assert_eq!(
+                near("out", &out) + near("lse", &lse) + found,
+                if all { 7 } else { 5 + i32::from(case == "sinks") }
+            );
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// Any shape, mask and table: the twin and the error rule.
+    #[test]
+    fn any_problem(
+        seed in 0u64..1000,
+        (b, group, hkv) in (1usize..3, 1usize..4, 1usize..3),
+        (tq, tk) in (1usize..250, 0usize..300),
+        (d, dv) in (1usize..90, 1usize..90),
+        (causal, window) in (any::<bool>(), proptest::option::of(1usize..200)),
+        blocks in proptest::option::of((1usize..90, 1usize..150, 0f32..1.0, any::<bool>())),
+    ) {
+        let s = Shape { b, h: group * hkv, hkv, tq, tk, d, dv, std: 1.0, seed };
+        let p = scaled(s).causal(causal).window(window);
+        let table = blocks.map(|(bq, bk, density, marks)| {
+            random_table(s, &mut Rng(seed), bq, bk, density, marks && bq <= 64)
+        });
+        let visible = |b: usize, h: usize, i: usize, j: usize| table.as_ref().is_none_or(|t| in_table(s, t, b, h, i, j));
+        check(s, &p.table(table.as_ref()), None, &visible);
+    }
+}
