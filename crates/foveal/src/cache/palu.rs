@@ -112,8 +112,9 @@ pub const CARD: Card = Card {
          10.24, Fisher 10.41, value_weight 2 9.30), so it is not built.",
         "The factors are as good as they can be: on held-out text of SmolLM2-135M (192 wide, rank 96) keys come back with a relative error of \
          0.10 and values of 0.34, where the principal components of that text itself would give 0.07 and 0.24, and factors from the \
-         weights alone 0.21 and 0.53. Perplexity with the former is 9.49 (equal ranks, whitened: 10.24). With 3 K/V heads there is \
-         little redundancy to take away; the paper's 50% is on models with 8 to 32.",
+         weights alone 0.21 and 0.53. Perplexity with the former is 9.49 (equal ranks, whitened: 10.24). The model has \
+         3 K/V heads; the authors' example compresses Llama 2 7B (32 of them) in groups of 4, and their code also takes Mistral (8). \
+         Whether the number of heads is what makes the difference was not tested.",
         "A third of the loss is the first token's: attention sinks there, its key and value are small and unlike all others, so the \
          factors, fitted to the sum over all tokens, miss it. sinks keeps so many first tokens as they are, which is not in the paper: \
          perplexity 7.81 for 9.30 above, with one token kept.",
