@@ -1,157 +1,14 @@
 //! Behaviour that every cache policy of this file's list must show, on a layer whose keys and
 //! values come from real projection weights.
 
-use foveal::cache::{CacheCtx, CachePolicy, KvWeights, LayerCache, LayerCalibration, Prompt, Step};
+mod cache_layer;
+
+use cache_layer::{ACTIVE, H, HKV, Tokens, fill, layer, policy, run, step};
+use foveal::cache::{CacheCtx, Step};
 use foveal::prim::kv::KvDtype;
-use foveal::prim::rope::Rope;
-use foveal::{Slot, Spec, System, registry};
-use rand::{Rng, SeedableRng};
-use std::sync::Arc;
+use foveal::{Slot, Spec, registry};
 
-const H: usize = 6;
-const HKV: usize = 2;
 const D: usize = 16;
-const HIDDEN: usize = 40;
-
-/// One layer's tokens: queries, keys before and after rotation, values, (heads, t, D).
-struct Tokens {
-    t: usize,
-    q: Vec<f32>,
-    k_pre: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
-}
-
-fn normal(rng: &mut impl Rng) -> f32 {
-    let u: f32 = (0..12).map(|_| rng.random::<f32>()).sum();
-    u - 6.0
-}
-
-fn project(w: &[f32], b: &[f32], x: &[f32], t: usize, heads: usize) -> Vec<f32> {
-    let mut out = vec![0f32; heads * t * D];
-    for h in 0..heads {
-        for i in 0..t {
-            for c in 0..D {
-                let row = h * D + c;
-                let dot: f32 = (0..HIDDEN).map(|e| w[row * HIDDEN + e] * x[i * HIDDEN + e]).sum();
-                out[(h * t + i) * D + c] = dot + b.get(row).copied().unwrap_or(0.0);
-            }
-        }
-    }
-    out
-}
-
-fn layer(t: usize, seed: u64, bias: bool, k_norm: bool) -> (CacheCtx, Tokens) {
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
-    let mut fill = |n: usize, s: f32| -> Vec<f32> { (0..n).map(|_| normal(&mut rng) * s).collect() };
-    let x = fill(t * HIDDEN, 1.0);
-    let s = 1.0 / (HIDDEN as f32).sqrt();
-    let (wq, wk, wv) = (fill(H * D * HIDDEN, 2.0 * s), fill(HKV * D * HIDDEN, 1.5 * s), fill(HKV * D * HIDDEN, s));
-    let (bk, bv) = if bias { (fill(HKV * D, 0.5), fill(HKV * D, 0.5)) } else { (vec![], vec![]) };
-    let gain: Vec<f32> = if k_norm { fill(D, 0.2).iter().map(|g| g + 1.5).collect() } else { vec![] };
-    let rope = Arc::new(Rope::new(D, 10_000.0));
-    let rotate = |mut x: Vec<f32>| {
-        x.chunks_exact_mut(t * D).for_each(|h| rope.rotate(h, D, 0));
-        x
-    };
-    let mut k_pre = project(&wk, &bk, &x, t, HKV);
-    if k_norm {
-        for row in k_pre.chunks_exact_mut(D) {
-            let rms = (row.iter().map(|x| x * x).sum::<f32>() / D as f32).sqrt();
-            row.iter_mut().zip(&gain).for_each(|(x, g)| *x *= g / rms);
-        }
-    }
-    let k = rotate(k_pre.clone());
-    let v = project(&wv, &bv, &x, t, HKV);
-    let q = rotate(project(&wq, &[], &x, t, H));
-    let moment = |rows: &[f32], n: usize| {
-        let mut m = vec![0f64; n * n];
-        for r in rows.chunks_exact(n) {
-            for i in 0..n {
-                for j in 0..n {
-                    m[i * n + j] += f64::from(r[i]) * f64::from(r[j]);
-                }
-            }
-        }
-        m
-    };
-    let per_head = |x: &[f32]| x.chunks_exact(t * D).map(|h| moment(h, D)).collect();
-    let calibration = LayerCalibration {
-        tokens: t,
-        key_moment: per_head(&k),
-        key_pre_moment: per_head(&k_pre),
-        input_moment: moment(&x, HIDDEN),
-    };
-    let ctx = CacheCtx {
-        layer: 0,
-        num_layers: 1,
-        num_heads: H,
-        num_kv_heads: HKV,
-        head_dim: D,
-        scale: 1.0 / (D as f32).sqrt(),
-        window: None,
-        rope: rope.clone(),
-        dtype: KvDtype::F32,
-        weights: Some(Arc::new(KvWeights { hidden: HIDDEN, wk, wv, bk, bv, k_norm: gain })),
-        calibration: Some(Arc::new(calibration)),
-    };
-    (ctx, Tokens { t, q, k_pre, k, v })
-}
-
-fn cut(x: &[f32], t: usize, a: usize, b: usize) -> Vec<f32> {
-    x.chunks_exact(t * D).flat_map(|h| h[a * D..b * D].to_vec()).collect()
-}
-
-fn fill(c: &mut dyn LayerCache, t: &Tokens, len: usize) {
-    let q_len = len.min(64);
-    c.fill(&Prompt {
-        len,
-        k_pre: &cut(&t.k_pre, t.t, 0, len),
-        k: &cut(&t.k, t.t, 0, len),
-        v: &cut(&t.v, t.t, 0, len),
-        q_obs: &cut(&t.q, t.t, len - q_len, len),
-        q_len,
-    })
-    .unwrap();
-}
-
-/// Append tokens a..b in one step; output (H, b − a, D).
-fn step(c: &mut dyn LayerCache, t: &Tokens, a: usize, b: usize) -> Vec<f32> {
-    let mut out = vec![f32::NAN; H * (b - a) * D];
-    c.step(
-        &Step {
-            n: b - a,
-            pos: a,
-            q: &cut(&t.q, t.t, a, b),
-            k_pre: &cut(&t.k_pre, t.t, a, b),
-            k: &cut(&t.k, t.t, a, b),
-            v: &cut(&t.v, t.t, a, b),
-        },
-        &mut out,
-    )
-    .unwrap();
-    out
-}
-
-/// Outputs (t − prompt, H, D) with steps of the given sizes, repeated.
-fn run(policy: &dyn CachePolicy, ctx: &CacheCtx, t: &Tokens, prompt: usize, sizes: &[usize]) -> Vec<f32> {
-    let mut c = policy.layer(ctx).unwrap();
-    fill(&mut *c, t, prompt);
-    let mut out = Vec::new();
-    let (mut a, mut turn) = (prompt, 0);
-    while a < t.t {
-        let b = (a + sizes[turn % sizes.len()]).min(t.t);
-        let o = step(&mut *c, t, a, b);
-        for i in 0..b - a {
-            for h in 0..H {
-                out.extend_from_slice(&o[(h * (b - a) + i) * D..][..D]);
-            }
-        }
-        assert_eq!(c.len(), b);
-        (a, turn) = (b, turn + 1);
-    }
-    out
-}
 
 /// Exact attention in f64, laid out as [`run`].
 fn exact(ctx: &CacheCtx, t: &Tokens, prompt: usize) -> Vec<f32> {
@@ -180,36 +37,15 @@ fn exact(ctx: &CacheCtx, t: &Tokens, prompt: usize) -> Vec<f32> {
     out
 }
 
-fn policy(spec: &str) -> Box<dyn CachePolicy> {
-    match registry::build(&spec.parse::<Spec>().unwrap(), Slot::Cache).unwrap() {
-        System::Cache(p) => p,
-        _ => panic!("{spec} is no cache policy"),
-    }
-}
-
 fn worst(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max)
 }
 
-/// Settings under which each policy really selects or compresses at these lengths.
-const ACTIVE: &[&str] = &[
-    "think:ratio=0.5,recent=8",
-    "think:ratio=0.4,recent=40",
-    "loki:rank=0.25,topk=0.25",
-    "tokenselect:topk=20,sinks=4,local=12,threshold=0.6",
-    "tokenselect:topk=20,sinks=4,local=12,threshold=2,scaled=true",
-    "alisa:ratio=0.3,steps=5",
-    "alisa:ratio=0.2,steps=0",
-    "palu:rank_ratio=0.5,group=2",
-    "palu:rank_ratio=0.5,group=1,whiten=false,value_weight=1",
-    "palu:rank_ratio=0.4,group=2,value_weight=0.5,sinks=5",
-];
-
 #[test]
 fn steps_of_any_size_agree() {
     for (bias, window, prompt) in [(false, None, 90), (true, None, 0), (false, Some(50), 90), (false, None, 1)] {
-        let (mut ctx, t) = layer(230, 3, bias, false);
+        let (mut ctx, t) = layer(D, 230, 3, bias, false);
         ctx.window = window;
         for spec in ACTIVE {
             let p = policy(spec);
@@ -229,7 +65,7 @@ fn full_budget_is_exact() {
     for (bias, window, k_norm) in
         [(false, None, false), (true, None, false), (false, Some(40), false), (true, None, true)]
     {
-        let (mut ctx, t) = layer(150, 5, bias, k_norm);
+        let (mut ctx, t) = layer(D, 150, 5, bias, k_norm);
         ctx.window = window;
         let want = exact(&ctx, &t, 60);
         for spec in [
@@ -255,8 +91,8 @@ fn full_budget_is_exact() {
 
 #[test]
 fn later_tokens_change_nothing_before() {
-    let (ctx, t) = layer(160, 7, false, false);
-    let mut changed = Tokens { t: t.t, q: t.q.clone(), k_pre: t.k_pre.clone(), k: t.k.clone(), v: t.v.clone() };
+    let (ctx, t) = layer(D, 160, 7, false, false);
+    let mut changed = Tokens { t: t.t, d: D, q: t.q.clone(), k_pre: t.k_pre.clone(), k: t.k.clone(), v: t.v.clone() };
     let from = 131;
     for x in [&mut changed.q, &mut changed.k_pre, &mut changed.k, &mut changed.v] {
         for h in x.chunks_exact_mut(t.t * D) {
@@ -276,7 +112,7 @@ fn later_tokens_change_nothing_before() {
 fn bytes_are_as_declared() {
     for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::Int8] {
         for len in [0usize, 1, 30, 230] {
-            let (mut ctx, t) = layer(230, 9, true, false);
+            let (mut ctx, t) = layer(D, 230, 9, true, false);
             ctx.dtype = dtype;
             let dense = 2 * HKV * dtype.bytes(len, D);
             for spec in ACTIVE {
@@ -294,7 +130,7 @@ fn bytes_are_as_declared() {
 
 #[test]
 fn forks_are_independent() {
-    let (ctx, t) = layer(140, 11, false, false);
+    let (ctx, t) = layer(D, 140, 11, false, false);
     for spec in ACTIVE {
         let p = policy(spec);
         let mut a = p.layer(&ctx).unwrap();
@@ -310,7 +146,7 @@ fn forks_are_independent() {
 
 #[test]
 fn lower_precision_stays_near() {
-    let (ctx, t) = layer(150, 13, true, false);
+    let (ctx, t) = layer(D, 150, 13, true, false);
     for spec in ["think:ratio=0", "loki:topk=1", "tokenselect", "alisa:ratio=1", "palu:rank_ratio=1"] {
         let want = exact(&ctx, &t, 60);
         let norm = want.iter().map(|x| x * x).sum::<f32>().sqrt();
@@ -327,7 +163,7 @@ fn lower_precision_stays_near() {
 
 #[test]
 fn alisa_drops_tokens_only_after_the_prompt_has_aged() {
-    let (ctx, t) = layer(230, 15, false, false);
+    let (ctx, t) = layer(D, 230, 15, false, false);
     let p = policy("alisa:ratio=0.2,steps=4");
     let mut c = p.layer(&ctx).unwrap();
     fill(&mut *c, &t, 200);
@@ -343,7 +179,7 @@ fn alisa_drops_tokens_only_after_the_prompt_has_aged() {
 
 #[test]
 fn visited_lists_name_what_was_read() {
-    let (ctx, t) = layer(160, 17, false, false);
+    let (ctx, t) = layer(D, 160, 17, false, false);
     for (spec, count) in [("loki:rank=0.25,topk=0.25", 40), ("tokenselect:topk=20,sinks=4,local=12", 36)] {
         for sizes in [&[1usize][..], &[25]] {
             let p = policy(spec);
@@ -367,7 +203,7 @@ fn visited_lists_name_what_was_read() {
 
 #[test]
 fn bad_calls_are_refused_with_a_reason() {
-    let (ctx, t) = layer(40, 19, false, false);
+    let (ctx, t) = layer(D, 40, 19, false, false);
     let bare = CacheCtx { weights: None, calibration: None, ..ctx.clone() };
     for (spec, word) in [("loki", "calibration"), ("palu:whiten=false", "weights")] {
         let e = policy(spec).layer(&bare).err().expect(spec).to_string();

@@ -11,7 +11,8 @@
 //! of this runs on them: scores key by key, choices as one mark a key for 64 queries
 //! ([`foveal_kernels::rank`]), attention under these marks. Queries that only score are split in
 //! two bf16 parts, so that choices are those of f32 queries; queries and weights of the attention
-//! itself are rounded to bf16, as in a prompt.
+//! itself are rounded to bf16, as in a prompt. Rows stored in int8 are rounded to bf16 for both, so choices
+//! between near equals may differ there from one row at a time.
 
 use super::{CacheCtx, Prompt, Step};
 use crate::error::{Error, Result};
