@@ -180,11 +180,17 @@ impl Checkpoint {
     /// Llama-architecture GGUF files store the rows of each query and key head so that rotary pairs are neighbours (2i, 2i + 1);
     /// here they become (i, i + rope_dim / 2).
     fn row_order(&self, name: &str, info: &TensorInfo) -> Option<Vec<usize>> {
-        let permuted = name.contains(".self_attn.q_proj.") || name.contains(".self_attn.k_proj.");
-        if self.config.family != Family::Llama || !permuted {
+        let c = &self.config;
+        let heads = match name {
+            n if n.contains(".self_attn.q_proj.") => c.num_heads,
+            n if n.contains(".self_attn.k_proj.") => c.num_kv_heads,
+            _ => return None,
+        };
+        let rows = info.shape[0];
+        // A tensor of such a name that the configuration does not call for may have any shape: it has no heads to put in order.
+        if c.family != Family::Llama || info.shape.len() > 2 || rows != heads * c.head_dim {
             return None;
         }
-        let rows = info.shape[0];
         let (head_dim, half) = (self.config.head_dim, self.config.rope_dim / 2);
         let order = (0..rows)
             .map(|row| {

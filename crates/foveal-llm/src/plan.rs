@@ -404,6 +404,13 @@ mod tests {
     }
 
     #[test]
+    fn a_list_of_one_is_written_as_a_list() {
+        let p = Plan::parse("version = 1\nprefill = \"x:threshold=0.;,stride=8\"\ncache = \"y:z=;\"").unwrap();
+        assert!(p.prefill.params["threshold"].is_array() && p.cache.params["z"].is_array());
+        assert_eq!(Plan::parse(&p.to_toml()).unwrap(), p);
+    }
+
+    #[test]
     fn names_the_models_count_when_out_of_range() {
         let cfg = crate::testing::config(3, 4);
         let plan = |rule: &str| Plan::parse(&format!("version = 1\n[[rule]]\n{rule}\n")).unwrap();
@@ -423,6 +430,8 @@ mod tests {
             "[a-z][a-z-]{0,6}",
             Just("true".to_string()),
             Just("1;2;x".to_string()),
+            Just("7;".to_string()),
+            Just("; a b ; c".to_string()),
         ];
         ("[a-z][a-z0-9-]{0,12}", proptest::collection::vec(("[a-z_]{1,8}", value), 0..4))
             .prop_map(|(id, params)| params.into_iter().fold(Spec::new(id), |s, (k, v)| s.with(&k, &v)))

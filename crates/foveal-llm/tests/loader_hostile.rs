@@ -329,6 +329,21 @@ fn configurations_that_make_no_sense() {
 }
 
 #[test]
+fn tensors_beyond_the_configuration_come_as_they_are_stored() {
+    let mut b = tiny_gguf("llama");
+    let values: Vec<f32> = (0..12).map(|x| x as f32).collect();
+    b.f32_tensor("blk.90.attn_q.weight", &[3, 4], &values);
+    b.f32_tensor("blk.90.attn_k.weight", &[2, 3, 2], &values);
+    b.f32_tensor("blk.90.attn_k.bias", &[12], &values);
+    let checkpoint = Checkpoint::from_gguf(Gguf::from_bytes(&b.build()).unwrap()).unwrap();
+    for name in ["q_proj.weight", "k_proj.weight", "k_proj.bias"] {
+        let name = format!("model.layers.90.self_attn.{name}");
+        assert_eq!(checkpoint.tensor(&name).unwrap().data, values, "{name}");
+        assert!(checkpoint.qtensor(&name).unwrap().is_some(), "{name}");
+    }
+}
+
+#[test]
 fn weights_that_are_not_numbers() {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let mut b = tiny_gguf("llama");

@@ -115,6 +115,10 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// "; did you mean X?" for the nearest known name, or nothing when none is near.
 pub fn nearest_hint<'a>(given: &str, known: impl IntoIterator<Item = &'a str>) -> String {
+    // The distance takes time and memory by the product of both lengths, and no name is this long.
+    if given.len() > 100 {
+        return String::new();
+    }
     known
         .into_iter()
         .map(|k| (strsim::damerau_levenshtein(given, k), k))

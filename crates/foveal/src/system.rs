@@ -381,10 +381,10 @@ impl Spec {
     }
 }
 
-/// A number, a boolean, else a string; `a;b;c` is a list.
+/// A number, a boolean, else a string; `a;b;c` is a list, and so is `a;`.
 pub fn parse_value(s: &str) -> Value {
     if s.contains(';') {
-        return Value::Array(s.split(';').filter(|x| !x.is_empty()).map(parse_value).collect());
+        return Value::Array(s.split(';').map(str::trim).filter(|x| !x.is_empty()).map(parse_value).collect());
     }
     if let Ok(i) = s.parse::<i64>() {
         return i.into();
@@ -425,11 +425,12 @@ impl fmt::Display for Spec {
         for (i, (k, v)) in self.params.iter().enumerate() {
             let v = match v {
                 Value::String(s) => s.clone(),
-                Value::Array(a) => a
-                    .iter()
-                    .map(|x| x.as_str().map_or_else(|| x.to_string(), str::to_owned))
-                    .collect::<Vec<_>>()
-                    .join(";"),
+                Value::Array(a) => {
+                    let items: Vec<_> =
+                        a.iter().map(|x| x.as_str().map_or_else(|| x.to_string(), str::to_owned)).collect();
+                    // Without the mark a list of one would be read back as its element.
+                    if items.len() < 2 { items.concat() + ";" } else { items.join(";") }
+                }
                 v => v.to_string(),
             };
             write!(f, "{}{k}={v}", if i == 0 { ":" } else { "," })?;
