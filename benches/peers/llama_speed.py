@@ -21,8 +21,8 @@ import common
 import render
 from common import Partner, Refused, say
 
-# Names as in `foveal bench model`; weights are converted from the file's when loading.
-OURS = {"prefill": [{"weights": "bf16"}, {"weights": "int8"}], "decode": [{"weights": "bf16"}, {"weights": "int8"}]}
+# Names as in `foveal bench model`; auto holds them no wider than the file does.
+OURS = {"prefill": [{"weights": "auto"}, {"weights": "bf16"}], "decode": [{"weights": "auto"}]}
 THEIRS = {
     "prefill": [
         {"flash": 0, "kv": "f16", "ubatch": 512},

@@ -59,15 +59,19 @@ pub enum Command {
 /// The model that is run when none is named.
 pub const DEFAULT_MODEL: &str = "smollm2-135m-instruct";
 
+/// A weight format; `None` = as the file needs.
+#[derive(Debug, Clone, Copy)]
+pub struct Weights(pub Option<WeightFormat>);
+
 /// How a model is found and held.
 #[derive(Args)]
 pub struct LoadArgs {
     /// Never fetch anything; what is not in the cache folder is an error
     #[arg(long)]
     pub offline: bool,
-    /// Storage of the weights in memory: f32, bf16 or int8
-    #[arg(long, value_name = "FORMAT", default_value = "bf16", value_parser = weights)]
-    pub weights: WeightFormat,
+    /// Storage of the weights in memory: f32, bf16, int8, int4, or auto: no wider than the file needs
+    #[arg(long, value_name = "FORMAT", default_value = "auto", value_parser = weights)]
+    pub weights: Weights,
     /// Storage of q, k and v in prompt attention: f32 or bf16 [default: bf16 with AMX, else f32]
     #[arg(long, value_name = "TYPE")]
     pub attention: Option<AttentionDtype>,
@@ -500,8 +504,11 @@ fn threads(s: &str) -> Result<usize, String> {
     }
 }
 
-fn weights(s: &str) -> Result<WeightFormat, String> {
-    foveal_llm::model::parse_weights(s)
+fn weights(s: &str) -> Result<Weights, String> {
+    if s == "auto" {
+        return Ok(Weights(None));
+    }
+    foveal_llm::model::parse_weights(s).map(|f| Weights(Some(f))).map_err(|e| format!("{e}, or auto"))
 }
 
 fn kv_dtype(s: &str) -> Result<KvDtype, String> {

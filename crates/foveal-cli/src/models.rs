@@ -52,7 +52,7 @@ pub fn load(name: &str, a: &LoadArgs, ctx: &Context) -> Result<Loaded> {
     let tokenizer = checkpoint.tokenizer()?;
     let about = checkpoint.describe();
     ctx.remark(&about);
-    let model = Model::load_until(&checkpoint, &LoadOptions { weights: a.weights }, Some(&ctx.cancel))?;
+    let model = Model::load_until(&checkpoint, &LoadOptions { weights: a.weights.0 }, Some(&ctx.cancel))?;
     Ok(Loaded { model, tokenizer, about })
 }
 

@@ -50,7 +50,7 @@ fn prefill(noise: impl Fn(usize) -> Vec<f32>) {
         let (x, w) = (noise(m * k), noise(n * k));
         let mut out = vec![0.0; m * n];
         print!("m {m:5} n {n:5} k {k:5}:");
-        for format in [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Int8] {
+        for format in [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Int8, WeightFormat::Int4] {
             let layer = PackedLinear::pack(&w, n, k, format).expect("shape");
             for isa in Isa::available().into_iter().rev() {
                 if isa == Isa::Portable || (isa == Isa::Amx && format == WeightFormat::F32) {
@@ -69,7 +69,7 @@ fn prefill(noise: impl Fn(usize) -> Vec<f32>) {
 fn decode(noise: impl Fn(usize) -> Vec<f32>) {
     println!("decode over 30 layers of a 135M model (weights beyond the cache), GB/s and ms a token");
     let shapes = [(960, 576), (576, 576), (3072, 576), (576, 1536)];
-    for format in [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Int8] {
+    for format in [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Int8, WeightFormat::Int4] {
         let layers: Vec<Vec<PackedLinear>> = (0..30)
             .map(|_| {
                 shapes.iter().map(|&(n, k)| PackedLinear::pack(&noise(n * k), n, k, format).expect("shape")).collect()

@@ -24,8 +24,11 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load_bf16_pairs(p: *const u16) -> (Self, Self);
     /// 16 consecutive quads of int8: the first two of each quad, or the last two.
     unsafe fn load_i8_quads(p: *const i8, last: bool) -> (Self, Self);
-    /// 16 consecutive non-negative finite f16.
-    unsafe fn load_f16_positive(p: *const u16) -> Self;
+    /// 16 consecutive quads of 4-bit numbers, in the low or high halves of bytes: the first two of each
+    /// quad, or the last two.
+    unsafe fn load_u4_quads(p: *const u8, high: bool, last: bool) -> (Self, Self);
+    /// 16 consecutive finite f16.
+    unsafe fn load_f16(p: *const u16) -> Self;
 }
 
 /// Plain Rust lanes.
@@ -81,10 +84,20 @@ impl Lanes for Portable {
         (Portable(x.map(|b| f32::from(b[at]))), Portable(x.map(|b| f32::from(b[at + 1]))))
     }
     #[inline(always)]
-    unsafe fn load_f16_positive(p: *const u16) -> Self {
+    unsafe fn load_u4_quads(p: *const u8, high: bool, last: bool) -> (Self, Self) {
+        // SAFETY: by the trait's contract.
+        let x = unsafe { p.cast::<[[u8; 4]; 16]>().read_unaligned() };
+        let (at, shift) = (2 * usize::from(last), 4 * u32::from(high));
+        (Portable(x.map(|b| f32::from(b[at] >> shift & 15))), Portable(x.map(|b| f32::from(b[at + 1] >> shift & 15))))
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Self {
         // SAFETY: by the trait's contract.
         let x = unsafe { p.cast::<[u16; 16]>().read_unaligned() };
-        Portable(x.map(|b| f32::from_bits(u32::from(b) << 13) * F16_REBIAS))
+        Portable(x.map(|b| {
+            let magnitude = f32::from_bits(u32::from(b & 0x7fff) << 13) * F16_REBIAS;
+            if b & 0x8000 == 0 { magnitude } else { -magnitude }
+        }))
     }
 }
 
@@ -171,13 +184,36 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn load_f16_positive(p: *const u16) -> Self {
+        unsafe fn load_u4_quads(p: *const u8, high: bool, last: bool) -> (Self, Self) {
+            // SAFETY: the caller has AVX2 and 64 readable elements.
+            unsafe {
+                let shift = 4 * i32::from(high) + 16 * i32::from(last);
+                let (first, second) = (_mm_cvtsi32_si128(shift), _mm_cvtsi32_si128(shift + 8));
+                let mask = _mm256_set1_epi32(15);
+                let (a, b) = (_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast()));
+                let (a0, b0) = (_mm256_srl_epi32(a, first), _mm256_srl_epi32(b, first));
+                let (a1, b1) = (_mm256_srl_epi32(a, second), _mm256_srl_epi32(b, second));
+                let (a0, b0) = (_mm256_and_si256(a0, mask), _mm256_and_si256(b0, mask));
+                let (a1, b1) = (_mm256_and_si256(a1, mask), _mm256_and_si256(b1, mask));
+                (
+                    Avx2(_mm256_cvtepi32_ps(a0), _mm256_cvtepi32_ps(b0)),
+                    Avx2(_mm256_cvtepi32_ps(a1), _mm256_cvtepi32_ps(b1)),
+                )
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(p: *const u16) -> Self {
             // SAFETY: the caller has AVX2 and 16 readable elements.
             unsafe {
                 let rebias = _mm256_set1_ps(F16_REBIAS);
-                let a = _mm256_slli_epi32::<13>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())));
-                let b = _mm256_slli_epi32::<13>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(8).cast())));
-                Avx2(_mm256_mul_ps(_mm256_castsi256_ps(a), rebias), _mm256_mul_ps(_mm256_castsi256_ps(b), rebias))
+                let widen = |p: *const u16| {
+                    let x = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+                    let sign = _mm256_slli_epi32::<16>(_mm256_and_si256(x, _mm256_set1_epi32(0x8000)));
+                    let magnitude = _mm256_slli_epi32::<13>(_mm256_and_si256(x, _mm256_set1_epi32(0x7fff)));
+                    let magnitude = _mm256_mul_ps(_mm256_castsi256_ps(magnitude), rebias);
+                    _mm256_or_ps(magnitude, _mm256_castsi256_ps(sign))
+                };
+                Avx2(widen(p), widen(p.add(8)))
             }
         }
     }
@@ -238,7 +274,19 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn load_f16_positive(p: *const u16) -> Self {
+        unsafe fn load_u4_quads(p: *const u8, high: bool, last: bool) -> (Self, Self) {
+            // SAFETY: the caller has AVX-512 and 64 readable elements.
+            unsafe {
+                let shift = 4 * i32::from(high) + 16 * i32::from(last);
+                let x = _mm512_loadu_si512(p.cast());
+                let mask = _mm512_set1_epi32(15);
+                let a = _mm512_and_si512(_mm512_srl_epi32(x, _mm_cvtsi32_si128(shift)), mask);
+                let b = _mm512_and_si512(_mm512_srl_epi32(x, _mm_cvtsi32_si128(shift + 8)), mask);
+                (Avx512(_mm512_cvtepi32_ps(a)), Avx512(_mm512_cvtepi32_ps(b)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(p: *const u16) -> Self {
             // SAFETY: the caller has AVX-512 and 16 readable elements.
             unsafe { Avx512(_mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))) }
         }

@@ -3,7 +3,11 @@
 use foveal_kernels::{Isa, PackedLinear, WeightFormat, twin};
 use half::bf16;
 
-const FORMATS: [WeightFormat; 3] = [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Int8];
+const FORMATS: [WeightFormat; 4] = [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Int8, WeightFormat::Int4];
+
+fn is_integer(format: WeightFormat) -> bool {
+    matches!(format, WeightFormat::Int8 | WeightFormat::Int4)
+}
 
 /// Deterministic values in (-1, 1).
 fn noise(n: usize, seed: u64) -> Vec<f32> {
@@ -95,7 +99,7 @@ fn forward_obeys_the_error_rule() {
                 let rounds = isa == Isa::Amx && format != WeightFormat::F32 && m > 4;
                 let round: fn(f32) -> f32 = if rounds { |x| bf16::from_f32(x).to_f32() } else { |x| x };
                 let mut x_held = x.clone();
-                if format == WeightFormat::Int8 && isa >= Isa::Avx512 && m <= 8 {
+                if is_integer(format) && isa >= Isa::Avx512 && m <= 8 {
                     x_held = sixteen_bits(&x, k);
                 }
                 let reference = same_precision(&x_held, &held, &bias, [m, n, k], round);
@@ -116,8 +120,8 @@ fn results_do_not_depend_on_the_number_of_rows() {
     let (x, w) = (noise(30 * k, 1), noise(n * k, 2));
     for format in FORMATS {
         let layer = PackedLinear::pack(&w, n, k, format).unwrap();
-        // Six standard deviations of the 16-bit rounding of x, for int8.
-        let tolerance = if format == WeightFormat::Int8 { 3e-4 } else { 2e-5 };
+        // Six standard deviations of the 16-bit rounding of x, for integers.
+        let tolerance = if is_integer(format) { 3e-4 } else { 2e-5 };
         for isa in Isa::available().into_iter().filter(|i| *i < Isa::Amx) {
             let mut all = vec![0.0; 30 * n];
             layer.forward(&x, 30, &mut all, isa).unwrap();
@@ -158,9 +162,52 @@ fn packing_keeps_what_the_format_promises() {
 }
 
 #[test]
+fn int4_is_within_half_a_step() {
+    let (n, k) = (37, 75);
+    for size in [1.0, 1e-3, 1e-20, 1e20] {
+        // Off centre, so that the minimum matters.
+        let w: Vec<f32> = noise(n * k, 6).iter().map(|x| (x + 0.3) * size).collect();
+        let held = stored(&PackedLinear::pack_int4(&w, n, k).unwrap());
+        for (row, held) in w.chunks(k).zip(held.chunks(k)) {
+            for (group, held) in row.chunks(32).zip(held.chunks(32)) {
+                let (low, high) = group.iter().fold((f32::MAX, f32::MIN), |(l, h), &x| (l.min(x), h.max(x)));
+                // The sum of squares is no more than that of half steps of the range, and what f16 rounds off.
+                let step = (high - low) / 15.0 * 0.5 + (high.abs() + low.abs()) / 1024.0;
+                let error: f32 = group.iter().zip(held).map(|(a, b)| ((a - b) / size).powi(2)).sum();
+                assert!(error <= group.len() as f32 * (step / size).powi(2), "{error:e} at size {size}");
+            }
+        }
+    }
+}
+
+#[test]
+fn int4_keeps_q4_weights_exactly() {
+    // Q4_1: minimum + scale · q; both ends of q occur. Q4_0: scale · (q − 8), 0 occurs, 15 need not.
+    let f16 = |x: f32| half::f16::from_f32(x).to_f32();
+    let (mut affine, mut around) = (Vec::new(), Vec::new());
+    for (g, x) in noise(64 * 32, 10).chunks(32).enumerate() {
+        let (scale, minimum) = (f16(0.003 * (g + 1) as f32), f16(-0.02 * (g + 3) as f32));
+        for (i, x) in x.iter().enumerate() {
+            let q = match i {
+                3 => 0.0,
+                9 => 15.0,
+                _ => ((x + 1.0) * 7.5).round(),
+            };
+            affine.push(q * scale + minimum);
+            // Scales of both signs occur in files.
+            let scale = if g % 2 == 0 { scale } else { -scale };
+            around.push((if i == 3 { 0.0 } else { (1.0 + (x + 1.0) * 6.0).round() } - 8.0) * scale);
+        }
+    }
+    for w in [affine, around] {
+        assert_eq!(stored(&PackedLinear::pack_int4(&w, 64, 32).unwrap()), w);
+    }
+}
+
+#[test]
 fn inputs_that_are_not_finite_reach_the_output() {
-    let layer = PackedLinear::pack_int8(&noise(64 * 64, 4), 64, 64).unwrap();
-    for isa in Isa::available() {
+    for (isa, format) in Isa::available().into_iter().flat_map(|i| [(i, WeightFormat::Int8), (i, WeightFormat::Int4)]) {
+        let layer = PackedLinear::pack(&noise(64 * 64, 4), 64, 64, format).unwrap();
         for bad in [f32::NAN, f32::INFINITY] {
             for m in [1, 9] {
                 let mut x = vec![1.0; m * 64];
@@ -198,6 +245,7 @@ fn bytes_are_those_of_the_format() {
     assert_eq!(size(WeightFormat::F32), 64 * 96 * 4);
     assert_eq!(size(WeightFormat::Bf16), 64 * 96 * 2);
     assert_eq!(size(WeightFormat::Int8), 64 * 96 * 34 / 32);
+    assert_eq!(size(WeightFormat::Int4), 64 * 96 * 20 / 32);
 }
 
 #[test]
@@ -211,6 +259,7 @@ fn empty_and_ill_fitting_calls() {
     assert!(PackedLinear::pack_f32(&[1.0; 5], 2, 3).is_err());
     assert!(PackedLinear::pack_int8(&[f32::NAN, 1.0], 1, 2).is_err());
     assert!(PackedLinear::pack_int8(&[f32::INFINITY, f32::NAN], 1, 2).is_err());
+    assert!(PackedLinear::pack_int4(&[f32::INFINITY, f32::NAN], 1, 2).is_err());
     assert!(layer.row(2, &mut [0.0; 3]).is_err());
     assert!(layer.with_bias(&[1.0]).is_err());
     // No inputs: the bias alone.

@@ -339,7 +339,8 @@ fn linears(b: &mut Bench) -> Result<()> {
     let mut rng = ChaCha8Rng::seed_from_u64(b.o.seed);
     for (n, k) in [(576, 576), (3072, 576), (576, 1536), (2048, 2048)] {
         let w = noise(&mut rng, n * k);
-        for (format, name) in [(WeightFormat::F32, "f32"), (WeightFormat::Bf16, "bf16"), (WeightFormat::Int8, "int8")] {
+        for format in [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Int8, WeightFormat::Int4] {
+            let name = &format.to_string();
             let packed = PackedLinear::pack(&w, n, k, format)?;
             for m in [1usize, 512] {
                 let x = noise(&mut rng, m * k);

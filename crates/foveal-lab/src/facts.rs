@@ -22,6 +22,7 @@ pub fn gather(model: &Model, mut f: Facts) -> Facts {
     f.num_heads = c.num_heads;
     f.num_kv_heads = c.num_kv_heads;
     f.head_dim = c.head_dim;
+    keep(&mut f.weights, model.weight_formats());
     f.weight_bytes = model.weight_bytes();
     f
 }

@@ -17,7 +17,8 @@ use std::time::Instant;
 
 const TOKENS: usize = 2048;
 const STEPS: usize = 32;
-const FORMATS: [WeightFormat; 3] = [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Int8];
+const FORMATS: [Option<WeightFormat>; 5] =
+    [None, Some(WeightFormat::F32), Some(WeightFormat::Bf16), Some(WeightFormat::Int8), Some(WeightFormat::Int4)];
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -42,12 +43,12 @@ fn main() -> Result<(), Failure> {
     if what == "linear" {
         return Ok(());
     }
-    println!("weights  attention  MiB   ppl       prefill t/s  attention s  decode t/s @0  @{TOKENS}");
+    println!("weights        attention  MiB   ppl       prefill t/s  attention s  decode t/s @0  @{TOKENS}");
     for weights in FORMATS {
         let m = Model::load(&ck, &LoadOptions { weights })?;
         let mib = m.weight_bytes() >> 20;
         for attention in [AttentionDtype::F32, AttentionDtype::Bf16] {
-            print!("{:8} {:10} {mib:<5} ", weights.to_string(), attention.to_string());
+            print!("{:14} {:10} {mib:<5} ", m.weight_formats(), attention.to_string());
             let o = PrefillOptions { attention, logits: LogitsFor::LastN(TOKENS), ..Default::default() };
             if what != "speed" {
                 let p = m.prefill(&ids, &Plan::dense(), &o)?;
@@ -112,7 +113,7 @@ fn linear(ck: &Checkpoint) -> Result<(), Failure> {
         Ok(best * 1e3)
     };
     let x: Vec<f32> = (0..512 * k).map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0).collect();
-    for format in FORMATS {
+    for format in FORMATS.into_iter().flatten() {
         let w = PackedLinear::pack(&t.data, n, k, format)?;
         let mut out = vec![0f32; 512 * n];
         let mut run = |m: usize, calls| {

@@ -124,7 +124,7 @@ fn distance(a: &[f32], b: &[f32]) -> f32 {
 }
 
 fn load(ck: &Checkpoint, weights: WeightFormat) -> Model {
-    Model::load(ck, &LoadOptions { weights }).unwrap()
+    Model::load(ck, &LoadOptions { weights: Some(weights) }).unwrap()
 }
 
 fn f32_plan() -> Plan {
@@ -227,6 +227,9 @@ fn narrower_weights_and_attention_stay_close() {
     };
     close(&load(&ck, WeightFormat::F32), AttentionDtype::Bf16, 0.02);
     close(&load(&ck, WeightFormat::Int8), AttentionDtype::F32, 0.05);
+    // Nothing narrower than bf16 for a file of floats.
+    let auto = Model::load(&ck, &LoadOptions::default()).unwrap();
+    assert_eq!(auto.weight_formats(), "bf16");
     let bf16 = all_logits(&load(&ck, WeightFormat::Bf16), &r.ids, PrefillOptions::default());
     let d = exact.iter().zip(&bf16).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
     assert!(d / spread < 0.1, "bf16 weights: {d} of {spread}");

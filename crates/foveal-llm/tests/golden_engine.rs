@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 fn model() -> Model {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens/llm/gguf_llama.gguf");
-    Model::load(&Checkpoint::open(&path).unwrap(), &LoadOptions { weights: WeightFormat::F32 }).unwrap()
+    Model::load(&Checkpoint::open(&path).unwrap(), &LoadOptions { weights: Some(WeightFormat::F32) }).unwrap()
 }
 
 fn plan(kv: KvDtype) -> Plan {

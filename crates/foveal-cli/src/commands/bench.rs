@@ -77,7 +77,7 @@ pub fn model(a: &BenchModelArgs, ctx: &Context, out: &mut dyn Write) -> Result {
         "version": env!("CARGO_PKG_VERSION"),
         "isa": Isa::active().to_string(),
         "threads": ctx.threads,
-        "weights": a.load.weights.to_string(),
+        "weights": loaded.model.weight_formats(),
         "weight_bytes": loaded.model.weight_bytes(),
         "attention": options.attention.to_string(),
         "plan": plan.to_toml(),

@@ -12,36 +12,81 @@ pub(super) use imp::forward;
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod imp {
-    use super::super::pack::{INT8_SCALES, Line};
+    use super::super::pack::{INT4_MINIMA, INT4_SCALES, INT8_SCALES, Line};
     use super::super::{BLOCK, PANEL, WeightFormat, grid};
     use super::*;
     use crate::amx::Tiles;
     use rayon::prelude::*;
     use std::arch::asm;
     use std::arch::x86_64::*;
-    use std::cell::RefCell;
+    use std::cell::{Cell, RefCell};
 
     /// Bytes of a tile: 16 rows of a cache line.
     const TILE: usize = 1024;
 
+    /// Rows of x that are converted at once, which bounds the scratch.
+    const SLAB: usize = 2048;
+    /// Bytes of x that a task keeps in its second-level cache.
+    const NEAR: usize = 1 << 20;
+
     thread_local! {
-        /// x of the task in tile order, and (int8 weights) two panels widened to bf16. Kept from
-        /// task to task: fresh pages for each would cost more than the conversion.
-        static SCRATCH: RefCell<(Vec<Line>, Vec<Line>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+        /// x in tile order; taken out meanwhile, for a thread that waits may be given another call's task.
+        static ROWS: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+        /// Two panels of integer weights widened to bf16. Both are kept from call to call: fresh pages for
+        /// each would cost more than the conversion.
+        static PANELS: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+    }
+
+    /// Rows of x as tiles, shared by the tasks of a call.
+    #[derive(Clone, Copy)]
+    struct X(*const u8);
+    // SAFETY: read by the tasks of a call while the call keeps it.
+    unsafe impl Send for X {}
+    // SAFETY: as above.
+    unsafe impl Sync for X {}
+    impl X {
+        fn get(self) -> *const u8 {
+            self.0
+        }
     }
 
     pub(in super::super) fn forward(w: &PackedLinear, x: &[f32], m: usize, out: OutPtr) {
-        // Int8 panels are widened once a task, so its row block is longer.
-        let max_rows = if w.format == WeightFormat::Int8 { 256 } else { 128 };
+        let mut tiles = ROWS.take();
+        for first in (0..m).step_by(SLAB) {
+            let rows = SLAB.min(m - first);
+            let out = OutPtr(out.get().wrapping_add(first * w.n));
+            slab(w, &x[first * w.k..(first + rows) * w.k], rows, out, &mut tiles);
+        }
+        ROWS.set(tiles);
+    }
+
+    fn slab(w: &PackedLinear, x: &[f32], m: usize, out: OutPtr, tiles: &mut Vec<Line>) {
+        let kt = w.blocks();
+        let lines = m.div_ceil(16) * 16 * kt;
+        if tiles.len() < lines {
+            tiles.resize(lines, Line::ZERO);
+        }
+        let convert = |(t, tiles): (usize, &mut [Line])| {
+            let x = &x[t * 16 * w.k..];
+            // SAFETY: `forward` is only reached under a detected `Isa::Amx`; `tiles` holds 16 rows of `kt` lines,
+            // `x` the rows named.
+            unsafe { convert_rows(x, w.k, (m - 16 * t).min(16), kt, tiles.as_mut_ptr().cast()) }
+        };
+        // Few rows stay on this thread: some 20 µs of work, no less than it takes to wake another.
+        let alone = if lines <= 1024 { usize::MAX } else { 2 };
+        tiles[..lines].par_chunks_exact_mut((16 * kt).max(1)).enumerate().with_min_len(alone).for_each(convert);
+        // The more rows a task has, the fewer times weights are read, and integers widened.
+        let most = (NEAR / (64 * kt).max(1)).clamp(128, 512) / 32 * 32;
         let units = w.panels / 2;
-        let (row_step, unit_step) = grid(m, units, w.k, max_rows);
+        let (row_step, unit_step) = grid(m, units, w.k, most);
         let (row_tasks, unit_tasks) = (m.div_ceil(row_step), units.div_ceil(unit_step));
+        let x = X(tiles.as_ptr().cast());
         let run = |t: usize| {
             let (r, u) = (t / unit_tasks * row_step, t % unit_tasks * unit_step);
-            SCRATCH.with_borrow_mut(|(a, b)| {
-                // SAFETY: `forward` is only reached under a detected `Isa::Amx`; the regions of the
-                // grid are disjoint and inside x, W and out.
-                unsafe { region(w, x, (r, (r + row_step).min(m)), (u, (u + unit_step).min(units)), out, a, b) }
+            PANELS.with_borrow_mut(|b| {
+                // SAFETY: as above; the regions of the grid begin at whole tiles, are disjoint and inside x, W
+                // and out.
+                unsafe { region(w, x.get(), (r, (r + row_step).min(m)), (u, (u + unit_step).min(units)), out, b) }
             });
         };
         match row_tasks * unit_tasks {
@@ -53,42 +98,41 @@ mod imp {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     unsafe fn region(
         w: &PackedLinear,
-        x: &[f32],
+        x: *const u8,
         rows: (usize, usize),
         units: (usize, usize),
         out: OutPtr,
-        a: &mut Vec<Line>,
         b: &mut Vec<Line>,
     ) {
         let (m, kt) = (rows.1 - rows.0, w.blocks());
         let row_tiles = m.div_ceil(16);
-        let lines = row_tiles * kt * 16;
-        if a.len() < lines {
-            a.resize(lines, Line::ZERO);
-        }
-        if w.format == WeightFormat::Int8 && b.len() < 2 * kt * 16 {
+        if w.format != WeightFormat::Bf16 && b.len() < 2 * kt * 16 {
             b.resize(2 * kt * 16, Line::ZERO);
         }
-        let a = a.as_mut_ptr().cast::<u8>();
         let b = b.as_mut_ptr().cast::<u8>();
         // Tiles shorter than 16 rows take less time, which matters when there is only one.
         let first = m.min(16);
         let second = if m > 16 { (m - 16).min(16) } else { 16 };
-        // SAFETY: `a` and `b` hold the tiles counted above; the rest is passed on.
+        // SAFETY: `b` holds the tiles counted above and `x` those of all rows; the rest is passed on.
         unsafe {
-            convert_rows(x, w.k, rows, kt, a);
+            let a = x.add(rows.0 / 16 * kt * TILE);
             // Tiles 0, 1 (outputs) and 4 (x) of `first` rows, 2, 3 and 5 of `second`, 6 and 7 weights.
             let (f, s) = (first as u8, second as u8);
             let _tiles = Tiles::with_rows([f, f, s, s, f, s, 16, 16]);
             let mut edge = Edge([0.0; 32 * 32]);
             for u in units.0..units.1 {
                 let panels = w.data.ptr().add(2 * u * w.panel_bytes());
-                let b0 = if w.format == WeightFormat::Int8 {
-                    widen_int8(panels, kt, w.unit, b);
-                    widen_int8(panels.add(w.panel_bytes()), kt, w.unit, b.add(kt * TILE));
-                    b.cast_const()
-                } else {
+                let b0 = if w.format == WeightFormat::Bf16 {
                     panels
+                } else {
+                    for j in 0..2 {
+                        let (panel, b) = (panels.add(j * w.panel_bytes()), b.add(j * kt * TILE));
+                        match w.format {
+                            WeightFormat::Int4 => widen::<true>(panel, kt, w.unit, b),
+                            _ => widen::<false>(panel, kt, w.unit, b),
+                        }
+                    }
+                    b.cast_const()
                 };
                 let b1 = b0.add(kt * TILE);
                 let bias = w.bias.ptr().add(2 * u * PANEL * 4);
@@ -103,7 +147,7 @@ mod imp {
                     // A tile store writes whole tiles: straight into the output where they fit.
                     let direct = cols == 32 && have == tiles_rows;
                     let (dst, ld) = if direct { (c, w.n) } else { (edge.0.as_mut_ptr(), 32) };
-                    let a0 = a.cast_const().add(t * kt * TILE);
+                    let a0 = a.add(t * kt * TILE);
                     // A large output is in no cache: ask for the lines of the next square while
                     // this one is computed, or the stores wait for memory.
                     let (next_t, next_u) = if t + 2 < row_tiles { (t + 2, u) } else { (0, u + 1) };
@@ -148,16 +192,15 @@ mod imp {
     #[repr(C, align(64))]
     struct Edge([f32; 32 * 32]);
 
-    /// Rows of x as bf16 in tile order: row tile, then block of 32 inputs, then row. Rows and
-    /// inputs beyond the end are zero.
+    /// Up to 16 rows of x as bf16 in tile order: block of 32 inputs, then row. Rows and inputs beyond the
+    /// end are zero.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn convert_rows(x: &[f32], k: usize, rows: (usize, usize), kt: usize, a: *mut u8) {
-        let m = rows.1 - rows.0;
-        for i in 0..m.next_multiple_of(16) {
-            // SAFETY: `a` holds next_multiple_of(m, 16) rows of `kt` lines; reads are masked to the row.
+    unsafe fn convert_rows(x: &[f32], k: usize, rows: usize, kt: usize, a: *mut u8) {
+        for i in 0..16 {
+            // SAFETY: `a` holds 16 rows of `kt` lines; reads are masked to the row.
             unsafe {
-                let dst = a.add(i / 16 * kt * TILE + i % 16 * 64);
-                let src = if i < m { Some(x.as_ptr().add((rows.0 + i) * k)) } else { None };
+                let dst = a.add(i * 64);
+                let src = if i < rows { Some(x.as_ptr().add(i * k)) } else { None };
                 for t in 0..kt {
                     let line = match src {
                         None => _mm512_setzero_si512(),
@@ -176,28 +219,37 @@ mod imp {
         }
     }
 
-    /// A panel of int8 blocks as bf16 tiles: scale · q rounded to bf16.
+    /// A panel of int8 or int4 blocks as bf16 tiles: minimum + scale · q rounded to bf16.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn widen_int8(panel: *const u8, kt: usize, unit: f32, b: *mut u8) {
+    unsafe fn widen<const INT4: bool>(panel: *const u8, kt: usize, unit: f32, b: *mut u8) {
         let unit = _mm512_set1_ps(unit);
         // Alternate the 16 low and 16 high bf16: the pair order of a weight tile.
         let order: [u16; 32] = std::array::from_fn(|i| (i / 2 + 16 * (i % 2)) as u16);
-        // SAFETY: `panel` holds `kt` int8 blocks and `b` `kt` tiles.
+        let bytes = if INT4 { WeightFormat::Int4 } else { WeightFormat::Int8 }.block_bytes();
+        // SAFETY: `panel` holds `kt` blocks and `b` `kt` tiles.
         unsafe {
             let order = _mm512_loadu_si512(order.as_ptr().cast());
             for t in 0..kt {
-                let block = panel.add(t * WeightFormat::Int8.block_bytes());
-                let scales = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_loadu_si256(block.cast())), unit);
-                let q = block.add(INT8_SCALES);
+                let block = panel.add(t * bytes);
+                let halves = |at: usize| _mm512_mul_ps(_mm512_cvtph_ps(_mm256_loadu_si256(block.add(at).cast())), unit);
+                let scales = halves(0);
+                let minima = if INT4 { halves(INT4_MINIMA) } else { _mm512_setzero_ps() };
+                let q = block.add(if INT4 { INT4_SCALES } else { INT8_SCALES });
                 for s in 0..16 {
-                    let mut quads = _mm512_loadu_si512(q.add(s / 2 * 64).cast());
+                    let mut quads = if INT4 {
+                        let two = _mm512_loadu_si512(q.add(s / 2 % 4 * 64).cast());
+                        let two = if s < 8 { two } else { _mm512_srli_epi16::<4>(two) };
+                        _mm512_and_si512(two, _mm512_set1_epi8(15))
+                    } else {
+                        _mm512_loadu_si512(q.add(s / 2 * 64).cast())
+                    };
                     if s % 2 == 0 {
                         quads = _mm512_slli_epi32::<16>(quads);
                     }
                     let first = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<8>(quads));
                     let second = _mm512_srai_epi32::<24>(quads);
-                    let first = _mm512_mul_ps(_mm512_cvtepi32_ps(first), scales);
-                    let second = _mm512_mul_ps(_mm512_cvtepi32_ps(second), scales);
+                    let first = _mm512_fmadd_ps(_mm512_cvtepi32_ps(first), scales, minima);
+                    let second = _mm512_fmadd_ps(_mm512_cvtepi32_ps(second), scales, minima);
                     let line = _mm512_cvtne2ps_pbh(second, first);
                     let line = _mm512_permutexvar_epi16(order, std::mem::transmute::<__m512bh, __m512i>(line));
                     _mm512_store_si512(b.add(t * TILE + s * 64).cast(), line);

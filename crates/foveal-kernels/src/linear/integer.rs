@@ -1,9 +1,10 @@
-//! Few rows on int8 weights with byte dot products (AVX-512 VNNI): decode.
+//! Few rows on int8 and int4 weights with byte dot products (AVX-512 VNNI): decode.
 //!
 //! Widening int8 to f32 costs eight instructions for 32 weights and cannot keep up with memory.
 //! Here x becomes 16-bit integers with a scale for each 32 inputs, which is 128 times finer than
 //! the weights, and each 16-bit integer is two bytes: with u = x + 2^15 = 256 h + l,
-//! Σ x w = 256 Σ h w + Σ l w − 2^15 Σ w, three byte dot products for 64 weights, exact in i32.
+//! Σ x w = 256 Σ h w + Σ l w − 2^15 Σ w, three byte dot products for 64 weights, exact in i32. The
+//! minimum of an int4 group meets the group's Σ x.
 
 use super::{BLOCK, OutPtr, PackedLinear};
 
@@ -17,6 +18,8 @@ struct Inputs {
     high: [u8; BLOCK],
     low: [u8; BLOCK],
     scale: f32,
+    /// Of the rounded inputs.
+    sum: f32,
 }
 
 /// y = x · Wᵀ; false, with nothing written, where this kernel cannot serve: the machine lacks the
@@ -31,7 +34,7 @@ pub(super) use x86::forward;
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::super::pack::INT8_SCALES;
+    use super::super::pack::{INT4_MINIMA, INT4_SCALES, INT8_SCALES};
     use super::super::{PANEL, WeightFormat, grid};
     use super::*;
     use rayon::prelude::*;
@@ -58,9 +61,11 @@ mod x86 {
             // A scale that is no normal number would overflow its inverse.
             let inv = _mm512_set1_ps(if scale >= f32::MIN_POSITIVE { 1.0 / scale } else { 0.0 });
             let half = _mm512_set1_epi32(1 << 15);
-            let a = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(a, inv)), half);
-            let b = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(b, inv)), half);
-            let mut this = Inputs { high: [0; BLOCK], low: [0; BLOCK], scale };
+            let a = _mm512_cvtps_epi32(_mm512_mul_ps(a, inv));
+            let b = _mm512_cvtps_epi32(_mm512_mul_ps(b, inv));
+            let sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b)) as f32 * scale;
+            let (a, b) = (_mm512_add_epi32(a, half), _mm512_add_epi32(b, half));
+            let mut this = Inputs { high: [0; BLOCK], low: [0; BLOCK], scale, sum };
             // SAFETY: four stores of 16 bytes into two arrays of 32.
             unsafe {
                 let (low, high) = (this.low.as_mut_ptr(), this.high.as_mut_ptr());
@@ -90,16 +95,17 @@ mod x86 {
                 // SAFETY: the instructions were found above; rows and panels are inside x, W and out, and
                 // tasks have panels of their own.
                 unsafe {
-                    while r + 4 <= m {
-                        tile::<4>(w, &inputs, r, 2 * u, out);
-                        r += 4;
-                    }
-                    while r + 2 <= m {
-                        tile::<2>(w, &inputs, r, 2 * u, out);
-                        r += 2;
-                    }
-                    if r < m {
-                        tile::<1>(w, &inputs, r, 2 * u, out);
+                    while r < m {
+                        let (rows, tile): (usize, Tile) = match (m - r, w.format == WeightFormat::Int4) {
+                            (4.., false) => (4, tile::<4, false>),
+                            (2.., false) => (2, tile::<2, false>),
+                            (_, false) => (1, tile::<1, false>),
+                            (4.., true) => (4, tile::<4, true>),
+                            (2.., true) => (2, tile::<2, true>),
+                            (_, true) => (1, tile::<1, true>),
+                        };
+                        tile(w, &inputs, r, 2 * u, out);
+                        r += rows;
                     }
                 }
             }
@@ -111,10 +117,18 @@ mod x86 {
         true
     }
 
+    type Tile = unsafe fn(&PackedLinear, &[Inputs], usize, usize, OutPtr);
+
     /// `MR` rows × 2 panels.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    unsafe fn tile<const MR: usize>(w: &PackedLinear, inputs: &[Inputs], row: usize, panel: usize, out: OutPtr) {
-        const BYTES: usize = WeightFormat::Int8.block_bytes();
+    unsafe fn tile<const MR: usize, const INT4: bool>(
+        w: &PackedLinear,
+        inputs: &[Inputs],
+        row: usize,
+        panel: usize,
+        out: OutPtr,
+    ) {
+        let bytes = if INT4 { WeightFormat::Int4 } else { WeightFormat::Int8 }.block_bytes();
         let blocks = w.blocks();
         // SAFETY: each panel holds `blocks` blocks and each row of `inputs` as many; the output is
         // written below `n` only.
@@ -124,14 +138,20 @@ mod x86 {
             let ones = _mm512_set1_epi8(1);
             for b in 0..blocks {
                 for j in 0..2 {
-                    let block = base.add(j * w.panel_bytes() + b * BYTES);
+                    let block = base.add(j * w.panel_bytes() + b * bytes);
                     let scales = _mm512_cvtph_ps(_mm256_loadu_si256(block.cast()));
-                    let q = block.add(INT8_SCALES);
+                    let q = block.add(if INT4 { INT4_SCALES } else { INT8_SCALES });
                     let mut total = _mm512_setzero_si512();
                     let mut high = [_mm512_setzero_si512(); MR];
                     let mut low = [_mm512_setzero_si512(); MR];
                     for s in 0..BLOCK / 4 {
-                        let line = _mm512_loadu_si512(q.add(s * 64).cast());
+                        let line = if INT4 {
+                            let two = _mm512_loadu_si512(q.add(s % 4 * 64).cast());
+                            let two = if s < 4 { two } else { _mm512_srli_epi16::<4>(two) };
+                            _mm512_and_si512(two, _mm512_set1_epi8(15))
+                        } else {
+                            _mm512_loadu_si512(q.add(s * 64).cast())
+                        };
                         total = _mm512_dpbusd_epi32(total, ones, line);
                         for i in 0..MR {
                             let x = inputs.as_ptr().add((row + i) * blocks + b);
@@ -148,6 +168,10 @@ mod x86 {
                         let x = inputs.as_ptr().add((row + i) * blocks + b);
                         let scale = _mm512_mul_ps(scales, _mm512_set1_ps((*x).scale));
                         acc[i][j] = _mm512_fmadd_ps(dot, scale, acc[i][j]);
+                        if INT4 {
+                            let minima = _mm512_cvtph_ps(_mm256_loadu_si256(block.add(INT4_MINIMA).cast()));
+                            acc[i][j] = _mm512_fmadd_ps(minima, _mm512_set1_ps((*x).sum), acc[i][j]);
+                        }
                     }
                 }
             }

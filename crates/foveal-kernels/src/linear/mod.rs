@@ -1,11 +1,11 @@
-//! y = x · Wᵀ (+ bias) with weights packed once: f32, bf16 or int8 in groups of 32.
+//! y = x · Wᵀ (+ bias) with weights packed once: f32, bf16, int8 or int4 in groups of 32.
 //!
 //! All formats share one order of memory: panels of 16 output features, and inside a panel
 //! blocks of 32 inputs. In a bf16 block the two inputs of a pair sit side by side, which is
 //! at once the operand order of the AMX tile product and, widened by a shift and a mask, two
 //! vectors of 16 output features: one copy of the weights serves prefill (compute bound) and
 //! decode (bandwidth bound, each weight read once for all rows). An int8 block holds quads of
-//! inputs, the operand order of the byte dot product.
+//! inputs, the operand order of the byte dot product; in an int4 block two quads share their bytes.
 
 mod amx;
 mod integer;
@@ -21,7 +21,7 @@ pub use pack::WeightFormat;
 
 /// Output features of a panel.
 const PANEL: usize = 16;
-/// Inputs of a block; also the group of int8 weights that shares a scale.
+/// Inputs of a block; also the group of int8 or int4 weights that shares a scale.
 const BLOCK: usize = 32;
 /// Fewest rows for which the tile unit beats reading the weights with vector code.
 const AMX_ROWS: usize = 5;
@@ -45,7 +45,7 @@ pub struct PackedLinear {
     /// Panels, rounded up to an even number so that every kernel may take two at a time.
     panels: usize,
     data: pack::Lines,
-    /// Power of two on the int8 scales, so that they fit f16 whatever the weights' size.
+    /// Power of two on the integers' scales, so that they fit f16 whatever the weights' size.
     unit: f32,
     /// Zeros where there is no bias; `panels * 16` long.
     bias: pack::Lines,
@@ -102,8 +102,8 @@ impl PackedLinear {
 
     /// `x` (m, k) contiguous into `out` (m, n) contiguous: out = x · Wᵀ + bias.
     ///
-    /// Accumulates in f32. Under [`Isa::Amx`] with bf16 or int8 weights and more than a few rows,
-    /// x and the weights are rounded to bf16. With int8 weights, up to 8 rows and AVX-512 VNNI, x is
+    /// Accumulates in f32. Under [`Isa::Amx`] with bf16 or integer weights and more than a few rows,
+    /// x and the weights are rounded to bf16. With integer weights, up to 8 rows and AVX-512 VNNI, x is
     /// rounded to 16-bit integers with a scale for each 32 inputs. Otherwise x stays f32. `isa` is
     /// lowered to what the machine has. Runs on the current rayon pool; small calls stay on
     /// their thread. A whole token inside one `ThreadPool::install` saves the wake-up of each call.
@@ -116,7 +116,8 @@ impl PackedLinear {
         // The kernels rely on the machine having `isa`; a caller can name any.
         let isa = isa.min(Isa::detect());
         let out_ptr = OutPtr(out.as_mut_ptr());
-        let quantised = self.format == WeightFormat::Int8 && isa >= Isa::Avx512 && m <= integer::MAX_ROWS;
+        let integer = matches!(self.format, WeightFormat::Int8 | WeightFormat::Int4);
+        let quantised = integer && isa >= Isa::Avx512 && m <= integer::MAX_ROWS;
         let served = quantised && integer::forward(self, x, m, out_ptr);
         if served {
             // Nothing is left to do.

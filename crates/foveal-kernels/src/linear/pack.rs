@@ -17,6 +17,11 @@ pub enum WeightFormat {
     /// w ≈ scale · q, scale = max|w| / 127. 8.5 bits a weight. Weights that come from a GGUF
     /// Q8_0 tensor are kept without loss.
     Int8,
+    /// 4 bits with one f16 scale and one f16 minimum for each 32 inputs of an output feature:
+    /// w ≈ minimum + scale · q, q from 0 to 15. 5 bits a weight. Of the range's ends and a scale around
+    /// zero, the choice that is nearer to the weights is held, so that weights that come from a
+    /// GGUF Q4_1 or Q4_0 tensor are kept without loss.
+    Int4,
 }
 
 impl std::fmt::Display for WeightFormat {
@@ -25,6 +30,7 @@ impl std::fmt::Display for WeightFormat {
             WeightFormat::F32 => "f32",
             WeightFormat::Bf16 => "bf16",
             WeightFormat::Int8 => "int8",
+            WeightFormat::Int4 => "int4",
         })
     }
 }
@@ -36,12 +42,18 @@ impl WeightFormat {
             WeightFormat::F32 => 4 * BLOCK * PANEL,
             WeightFormat::Bf16 => 2 * BLOCK * PANEL,
             WeightFormat::Int8 => INT8_SCALES + BLOCK * PANEL,
+            WeightFormat::Int4 => INT4_SCALES + BLOCK * PANEL / 2,
         }
     }
 }
 
 /// Bytes of the 16 scales at the head of an int8 block.
 pub(super) const INT8_SCALES: usize = 2 * PANEL;
+/// Where the 16 minima of an int4 block begin, after its 16 scales.
+pub(super) const INT4_MINIMA: usize = 2 * PANEL;
+/// Bytes of the scales and minima at the head of an int4 block. Then come four lines of quads of inputs:
+/// line s holds quad s in the low halves of its bytes and quad s + 4 in the high ones.
+pub(super) const INT4_SCALES: usize = 4 * PANEL;
 
 /// A cache line.
 #[derive(Clone, Copy)]
@@ -113,13 +125,18 @@ impl PackedLinear {
         Self::pack(w, n, k, WeightFormat::Int8)
     }
 
+    /// Pack `w` (n, k) row-major as 4 bits with a scale and a minimum for each 32 inputs.
+    pub fn pack_int4(w: &[f32], n: usize, k: usize) -> Result<Self> {
+        Self::pack(w, n, k, WeightFormat::Int4)
+    }
+
     /// Pack `w` (n, k) row-major, f32 or bf16, in any format.
     pub fn pack<T: Element>(w: &[T], n: usize, k: usize, format: WeightFormat) -> Result<Self> {
         let size = n.saturating_mul(k);
         same("linear", "n*k", "weight", w.len(), "shape", size)?;
         let panels = n.div_ceil(2 * PANEL) * 2;
         let mut unit = 1.0;
-        if format == WeightFormat::Int8 {
+        if matches!(format, WeightFormat::Int8 | WeightFormat::Int4) {
             let top =
                 w.par_iter().map(|x| x.to_f32().abs()).reduce(|| 0.0, |a, b| if b > a || b.is_nan() { b } else { a });
             if !top.is_finite() {
@@ -127,10 +144,10 @@ impl PackedLinear {
                     op: "linear",
                     name: "weight",
                     value: top.to_string(),
-                    remedy: "int8 needs finite weights; repair the checkpoint".into(),
+                    remedy: format!("{format} needs finite weights; repair the checkpoint"),
                 });
             }
-            unit = scale_unit(top / 127.0);
+            unit = scale_unit(if format == WeightFormat::Int8 { top / 127.0 } else { top });
         }
         let mut this = Self {
             format,
@@ -187,6 +204,12 @@ impl PackedLinear {
                         let scale = f16::from_le_bytes([block[2 * lane], block[2 * lane + 1]]).to_f32();
                         f32::from(block[INT8_SCALES + 4 * (c / 4 * PANEL + lane) + c % 4] as i8) * (scale * self.unit)
                     }
+                    WeightFormat::Int4 => {
+                        let f16_at = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32() * self.unit;
+                        let byte = block[INT4_SCALES + 4 * (c / 4 % 4 * PANEL + lane) + c % 4];
+                        let q = byte >> (c / 16 * 4) & 15;
+                        f32::from(q).mul_add(f16_at(2 * lane), f16_at(INT4_MINIMA + 2 * lane))
+                    }
                 };
             }
         }
@@ -220,7 +243,40 @@ fn pack_row<T: Element>(format: WeightFormat, w: &[T], lane: usize, unit: f32, b
                 block[INT8_SCALES + 4 * (c / 4 * PANEL + lane) + c % 4] = q as i8 as u8;
             }
         }
+        WeightFormat::Int4 => {
+            let (scale, minimum) = int4_scale(w, unit);
+            block[2 * lane..2 * lane + 2].copy_from_slice(&scale.to_le_bytes());
+            let at = INT4_MINIMA + 2 * lane;
+            block[at..at + 2].copy_from_slice(&minimum.to_le_bytes());
+            for (c, w) in w.iter().enumerate() {
+                let q = int4_code(w.to_f32() / unit, scale, minimum);
+                block[INT4_SCALES + 4 * (c / 4 % 4 * PANEL + lane) + c % 4] |= q << (c / 16 * 4);
+            }
+        }
     }
+}
+
+/// Scale and minimum of up to 32 weights, in units of `unit`: from end to end of their range, as Q4_1 has
+/// them, or 8 steps below zero and 7 above (the largest magnitude being 8 steps), as Q4_0.
+fn int4_scale<T: Element>(w: &[T], unit: f32) -> (f16, f16) {
+    let values = || w.iter().map(|x| x.to_f32() / unit);
+    let (low, high) = values().fold((f32::INFINITY, f32::NEG_INFINITY), |(l, h), x| (l.min(x), h.max(x)));
+    let largest = if -low > high { low } else { high };
+    let range = (f16::from_f32((high - low) / 15.0), f16::from_f32(low));
+    let around = (f16::from_f32(largest / -8.0), f16::from_f32(f16::from_f32(largest / -8.0).to_f32() * -8.0));
+    let error =
+        |&(s, m): &(f16, f16)| -> f32 { values().map(|x| (int4_value(int4_code(x, s, m), s, m) - x).powi(2)).sum() };
+    // An end that f16 cannot hold makes no candidate.
+    if !around.1.is_finite() || error(&range) <= error(&around) { range } else { around }
+}
+
+fn int4_code(x: f32, scale: f16, minimum: f16) -> u8 {
+    let (scale, minimum) = (scale.to_f32(), minimum.to_f32());
+    if scale == 0.0 { 0 } else { ((x - minimum) / scale).round_ties_even().clamp(0.0, 15.0) as u8 }
+}
+
+fn int4_value(code: u8, scale: f16, minimum: f16) -> f32 {
+    f32::from(code).mul_add(scale.to_f32(), minimum.to_f32())
 }
 
 /// 1 where the largest scale is at home in f16, else the power of two that brings it near 1.

@@ -1,7 +1,7 @@
 //! Vector kernels: weights widened to f32 in registers. One kernel for one row (decode,
 //! bandwidth bound) up to blocks of 12 rows (prefill without tiles).
 
-use super::pack::INT8_SCALES;
+use super::pack::{INT4_MINIMA, INT4_SCALES, INT8_SCALES};
 use super::{OutPtr, PANEL, PackedLinear, WeightFormat, grid};
 use crate::dispatch::with_isa;
 use crate::isa::Isa;
@@ -64,6 +64,7 @@ pub(super) fn forward(w: &PackedLinear, x: &[f32], m: usize, out: OutPtr, isa: I
                 WeightFormat::F32 => run_f32(isa, region),
                 WeightFormat::Bf16 => run_bf16(isa, region),
                 WeightFormat::Int8 => run_int8(isa, region),
+                WeightFormat::Int4 => run_int4(isa, region),
             }
         }
     };
@@ -76,25 +77,26 @@ pub(super) fn forward(w: &PackedLinear, x: &[f32], m: usize, out: OutPtr, isa: I
 /// How a block becomes f32 vectors of 16 output features.
 trait Format {
     const BLOCK_BYTES: usize;
-    /// Scales of a block.
-    unsafe fn scales<L: Lanes>(block: *const u8) -> L;
+    /// Scales and minima of a block.
+    unsafe fn scales<L: Lanes>(block: *const u8) -> (L, L);
     /// Vectors of inputs 2s and 2s + 1.
-    unsafe fn pair<L: Lanes>(block: *const u8, s: usize, scales: L) -> (L, L);
+    unsafe fn pair<L: Lanes>(block: *const u8, s: usize, scales: (L, L)) -> (L, L);
 }
 
 struct F32;
 struct Bf16;
 struct Int8;
+struct Int4;
 
 impl Format for F32 {
     const BLOCK_BYTES: usize = WeightFormat::F32.block_bytes();
     #[inline(always)]
-    unsafe fn scales<L: Lanes>(_: *const u8) -> L {
+    unsafe fn scales<L: Lanes>(_: *const u8) -> (L, L) {
         // SAFETY: passed on.
-        unsafe { L::splat(1.0) }
+        unsafe { (L::splat(1.0), L::splat(0.0)) }
     }
     #[inline(always)]
-    unsafe fn pair<L: Lanes>(block: *const u8, s: usize, _: L) -> (L, L) {
+    unsafe fn pair<L: Lanes>(block: *const u8, s: usize, _: (L, L)) -> (L, L) {
         // SAFETY: s < 16, inside the block.
         unsafe {
             let p = block.cast::<f32>().add(2 * s * PANEL);
@@ -106,12 +108,12 @@ impl Format for F32 {
 impl Format for Bf16 {
     const BLOCK_BYTES: usize = WeightFormat::Bf16.block_bytes();
     #[inline(always)]
-    unsafe fn scales<L: Lanes>(_: *const u8) -> L {
+    unsafe fn scales<L: Lanes>(_: *const u8) -> (L, L) {
         // SAFETY: passed on.
-        unsafe { L::splat(1.0) }
+        unsafe { (L::splat(1.0), L::splat(0.0)) }
     }
     #[inline(always)]
-    unsafe fn pair<L: Lanes>(block: *const u8, s: usize, _: L) -> (L, L) {
+    unsafe fn pair<L: Lanes>(block: *const u8, s: usize, _: (L, L)) -> (L, L) {
         // SAFETY: s < 16, inside the block.
         unsafe { L::load_bf16_pairs(block.cast::<u16>().add(2 * s * PANEL)) }
     }
@@ -120,17 +122,35 @@ impl Format for Bf16 {
 impl Format for Int8 {
     const BLOCK_BYTES: usize = WeightFormat::Int8.block_bytes();
     #[inline(always)]
-    unsafe fn scales<L: Lanes>(block: *const u8) -> L {
+    unsafe fn scales<L: Lanes>(block: *const u8) -> (L, L) {
         // SAFETY: the block begins with 16 scales.
-        unsafe { L::load_f16_positive(block.cast()) }
+        unsafe { (L::load_f16(block.cast()), L::splat(0.0)) }
     }
     #[inline(always)]
-    unsafe fn pair<L: Lanes>(block: *const u8, s: usize, scales: L) -> (L, L) {
+    unsafe fn pair<L: Lanes>(block: *const u8, s: usize, (scales, _): (L, L)) -> (L, L) {
         // SAFETY: s < 16, inside the block.
         unsafe {
             let quads = block.add(INT8_SCALES + s / 2 * 4 * PANEL).cast::<i8>();
             let (a, b) = L::load_i8_quads(quads, s % 2 == 1);
             (a.mul(scales), b.mul(scales))
+        }
+    }
+}
+
+impl Format for Int4 {
+    const BLOCK_BYTES: usize = WeightFormat::Int4.block_bytes();
+    #[inline(always)]
+    unsafe fn scales<L: Lanes>(block: *const u8) -> (L, L) {
+        // SAFETY: the block begins with 16 scales and 16 minima.
+        unsafe { (L::load_f16(block.cast()), L::load_f16(block.add(INT4_MINIMA).cast())) }
+    }
+    #[inline(always)]
+    unsafe fn pair<L: Lanes>(block: *const u8, s: usize, (scales, minima): (L, L)) -> (L, L) {
+        // SAFETY: s < 16, inside the block: four lines of quads in low halves, then the same in high ones.
+        unsafe {
+            let quads = block.add(INT4_SCALES + s / 2 % 4 * 4 * PANEL);
+            let (a, b) = L::load_u4_quads(quads, s >= 8, s % 2 == 1);
+            (a.mul_add(scales, minima), b.mul_add(scales, minima))
         }
     }
 }
@@ -159,7 +179,7 @@ unsafe fn tile<L: Lanes, F: Format, const MR: usize, const NR: usize, const EO: 
             x[i] = t.x.add((row + i) * ldx);
         }
         for _ in 0..t.blocks {
-            let mut scales = [zero; NR];
+            let mut scales = [(zero, zero); NR];
             for j in 0..NR {
                 scales[j] = F::scales(w[j]);
             }
@@ -268,6 +288,12 @@ unsafe fn body_int8<L: Lanes>(t: Region) {
     // SAFETY: passed on.
     unsafe { region::<L, Int8>(t) }
 }
+#[inline(always)]
+unsafe fn body_int4<L: Lanes>(t: Region) {
+    // SAFETY: passed on.
+    unsafe { region::<L, Int4>(t) }
+}
 with_isa!(lanes, unsafe fn run_f32 => body_f32(t: Region));
 with_isa!(lanes, unsafe fn run_bf16 => body_bf16(t: Region));
 with_isa!(lanes, unsafe fn run_int8 => body_int8(t: Region));
+with_isa!(lanes, unsafe fn run_int4 => body_int4(t: Region));

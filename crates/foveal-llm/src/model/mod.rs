@@ -78,7 +78,7 @@ impl FromStr for AttentionDtype {
     }
 }
 
-/// Weight format of a name: `f32`, `bf16` or `int8`.
+/// Weight format of a name: `f32`, `bf16`, `int8` or `int4`.
 ///
 /// # Errors
 /// Any other name.
@@ -87,21 +87,40 @@ pub fn parse_weights(s: &str) -> std::result::Result<WeightFormat, String> {
         "f32" => Ok(WeightFormat::F32),
         "bf16" => Ok(WeightFormat::Bf16),
         "int8" => Ok(WeightFormat::Int8),
-        _ => Err(format!("weight format {s:?}: use f32, bf16 or int8")),
+        "int4" => Ok(WeightFormat::Int4),
+        _ => Err(format!("weight format {s:?}: use f32, bf16, int8 or int4")),
     }
 }
 
 /// How a model is loaded.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LoadOptions {
-    /// Storage of linear weights and of a tied embedding.
-    pub weights: WeightFormat,
+    /// Storage of linear weights and of a tied embedding; `None` = no wider than the file needs, tensor by
+    /// tensor: int4 for Q4_0 and Q4_1 (where they fit without loss), int8 for the other quantised types, else
+    /// bf16.
+    pub weights: Option<WeightFormat>,
 }
 
-impl Default for LoadOptions {
-    fn default() -> Self {
-        Self { weights: WeightFormat::Bf16 }
-    }
+/// The narrowest format that holds all of `types`, storage types of a file, as well as bf16 does.
+fn format_for<'a>(types: impl Iterator<Item = &'a str>) -> WeightFormat {
+    types.fold(WeightFormat::Int4, |widest, t| match (t, widest) {
+        ("Q4_0" | "Q4_1", f) => f,
+        ("Q5_0" | "Q5_1" | "Q8_0" | "Q4_K" | "Q5_K" | "Q6_K", WeightFormat::Int4 | WeightFormat::Int8) => {
+            WeightFormat::Int8
+        }
+        _ => WeightFormat::Bf16,
+    })
+}
+
+/// Pack in four bits if they hold every weight to within f32 rounding, else in eight.
+fn pack_four_bits(w: &[f32], n: usize, k: usize) -> Result<PackedLinear> {
+    let packed = PackedLinear::pack_int4(w, n, k)?;
+    let lossless = w.par_chunks_exact(k.max(1)).enumerate().all(|(i, row)| {
+        let mut held = vec![0f32; k];
+        let top = row.iter().fold(0f32, |a, x| a.max(x.abs()));
+        packed.row(i, &mut held).is_ok() && row.iter().zip(&held).all(|(a, b)| (a - b).abs() <= 1e-5 * top)
+    });
+    Ok(if lossless { packed } else { PackedLinear::pack_int8(w, n, k)? })
 }
 
 /// Which positions' final hidden rows a prompt keeps.
@@ -331,8 +350,13 @@ impl Model {
             }
             Ok(out)
         };
-        let pack = |w: &[f32], n: usize, k: usize, bias: &[f32]| -> Result<PackedLinear> {
-            let p = PackedLinear::pack(w, n, k, o.weights)?;
+        let pack = |names: &[String], n: usize, k: usize, bias: &[f32]| -> Result<PackedLinear> {
+            let w = &join(names)?;
+            let types: Vec<String> = names.iter().map(|n| ck.source_dtype(n)).collect();
+            let p = match o.weights.unwrap_or_else(|| format_for(types.iter().map(String::as_str))) {
+                WeightFormat::Int4 if o.weights.is_none() => pack_four_bits(w, n, k)?,
+                format => PackedLinear::pack(w, n, k, format)?,
+            };
             Ok(if bias.is_empty() { p } else { p.with_bias(bias)? })
         };
         let optional = |on: bool, names: &[String]| if on { join(names) } else { Ok(Vec::new()) };
@@ -344,30 +368,30 @@ impl Model {
             let qkv_bias = optional(c.qkv_bias, &qkv("bias"))?;
             layers.push(Layer {
                 attn_norm: get(&name("input_layernorm.weight"))?,
-                qkv: pack(&join(&qkv("weight"))?, q_rows + 2 * kv_rows, h, &qkv_bias)?,
+                qkv: pack(&qkv("weight"), q_rows + 2 * kv_rows, h, &qkv_bias)?,
                 qkv_bias,
                 q_norm: optional(c.qk_norm, &[name("self_attn.q_norm.weight")])?,
                 k_norm: optional(c.qk_norm, &[name("self_attn.k_norm.weight")])?,
                 o: pack(
-                    &get(&name("self_attn.o_proj.weight"))?,
+                    &[name("self_attn.o_proj.weight")],
                     h,
                     q_rows,
                     &optional(c.o_bias, &[name("self_attn.o_proj.bias")])?,
                 )?,
                 mlp_norm: get(&name("post_attention_layernorm.weight"))?,
-                gate_up: pack(&join(&gate_up("weight"))?, 2 * inter, h, &optional(c.mlp_bias, &gate_up("bias"))?)?,
+                gate_up: pack(&gate_up("weight"), 2 * inter, h, &optional(c.mlp_bias, &gate_up("bias"))?)?,
                 down: pack(
-                    &get(&name("mlp.down_proj.weight"))?,
+                    &[name("mlp.down_proj.weight")],
                     h,
                     inter,
                     &optional(c.mlp_bias, &[name("mlp.down_proj.bias")])?,
                 )?,
             });
         }
-        let head = pack(&get("lm_head.weight")?, c.vocab_size, h, &[])?;
+        let head = pack(&["lm_head.weight".into()], c.vocab_size, h, &[])?;
         let embed = match (c.tie_embeddings, o.weights) {
             (true, _) => Embedding::Tied,
-            (false, WeightFormat::F32) => Embedding::F32(get("model.embed_tokens.weight")?),
+            (false, Some(WeightFormat::F32)) => Embedding::F32(get("model.embed_tokens.weight")?),
             (false, _) => {
                 Embedding::Bf16(get("model.embed_tokens.weight")?.par_iter().map(|&x| bf16::from_f32(x)).collect())
             }
@@ -386,6 +410,16 @@ impl Model {
     /// The model's shape.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// Formats of the linear weights, such as `int4` or `int4 + int8`.
+    pub fn weight_formats(&self) -> String {
+        let linear = |l: &'_ Layer| [&l.qkv, &l.o, &l.gate_up, &l.down].map(PackedLinear::format);
+        let mut all: Vec<String> =
+            self.layers.iter().flat_map(linear).chain([self.head.format()]).map(|f| f.to_string()).collect();
+        all.sort();
+        all.dedup();
+        all.join(" + ")
     }
 
     /// Bytes of all weights as they are held.
