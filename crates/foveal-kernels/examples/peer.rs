@@ -4,6 +4,7 @@
 //! Each line of standard input is one request, each answer one line of JSON:
 //!
 //!     attend B H HKV T D f32|bf16 full|causal   exact attention, {"seconds", "flops"}
+//!     attend_grad B H HKV T D f32|bf16 full|causal   the same and its backward pass, with {"forward"} seconds
 //!     exp N CALLS                               e^x of N numbers on one thread, seconds of one call
 //!     read MIB THREADS                          sums MIB mebibytes, seconds and bytes
 //!
@@ -11,7 +12,7 @@
 //! call on the same operands. FOVEAL_ISA caps the instruction set, RAYON_NUM_THREADS the threads.
 
 use foveal_kernels::exp::{Fun, apply};
-use foveal_kernels::{Attend, Element, Isa, View, ViewMut};
+use foveal_kernels::{Attend, AttendGrads, Element, Isa, Upstream, View, ViewMut};
 use half::bf16;
 use std::io::{BufRead, Write};
 use std::time::Instant;
@@ -54,6 +55,54 @@ fn attend<T: Element>(
         Ok((begin.elapsed().as_secs_f64(), format!(", \"flops\": {}", work.flops)))
     };
     Ok(Box::new(move || call(&q, &k, &v, &mut out)))
+}
+
+fn attend_grad<T: Element>(
+    [b, h, hkv, t, d]: [usize; 5],
+    causal: bool,
+    narrow: impl Fn(f32) -> T + 'static,
+) -> Result<Call, Failure> {
+    if [b, h, hkv, t, d].contains(&0) {
+        return Err("a dimension is 0".into());
+    }
+    let mut random = noise();
+    let mut some = |n: usize| (0..n).map(|_| narrow(random())).collect::<Vec<T>>();
+    let (qs, ks) = ([b, h, t, d], [b, hkv, t, d]);
+    let (nq, nk) = (b * h * t * d, b * hkv * t * d);
+    let (q, k, v) = (some(nq), some(nk), some(nk));
+    let dout: Vec<f32> = some(nq).into_iter().map(T::to_f32).collect();
+    Ok(Box::new(move || {
+        // Results are the call's own, as they are in another library.
+        let begin = Instant::now();
+        let attend = Attend::new(1.0 / (d as f32).sqrt()).causal(causal).isa(Isa::active());
+        let (q, k, v) =
+            (View::contiguous("q", &q, qs)?, View::contiguous("k", &k, ks)?, View::contiguous("v", &v, ks)?);
+        let (mut out, mut lse) = (vec![0f32; nq], vec![0f32; b * h * t]);
+        attend.run(&q, &k, &v, &mut ViewMut::contiguous("out", &mut out, qs)?, Some(&mut lse))?;
+        let forward = begin.elapsed().as_secs_f64();
+        let (mut dq, mut dk, mut dv) = (vec![0f32; nq], vec![0f32; nk], vec![0f32; nk]);
+        let work = attend.backward(
+            &q,
+            &k,
+            &v,
+            &Upstream {
+                out: &View::contiguous("out", &out, qs)?,
+                lse: &lse,
+                dout: &View::contiguous("dout", &dout, qs)?,
+                dlse: None,
+            },
+            AttendGrads {
+                dq: &mut ViewMut::contiguous("dq", &mut dq, qs)?,
+                dk: &mut ViewMut::contiguous("dk", &mut dk, ks)?,
+                dv: &mut ViewMut::contiguous("dv", &mut dv, ks)?,
+                dsinks: None,
+                dbias: None,
+            },
+        )?;
+        let seconds = begin.elapsed().as_secs_f64();
+        std::hint::black_box((&dq, &dk, &dv));
+        Ok((seconds, format!(", \"forward\": {forward:e}, \"backward_flops\": {}", work.flops)))
+    }))
 }
 
 fn exp(n: usize, calls: usize) -> Result<Call, Failure> {
@@ -106,22 +155,25 @@ fn prepare(line: &str) -> Result<Call, Failure> {
     let words: Vec<&str> = line.split_whitespace().collect();
     let number = |s: &str| s.parse::<usize>();
     match words[..] {
-        ["attend", b, h, hkv, t, d, dtype, mask] => {
+        [op @ ("attend" | "attend_grad"), b, h, hkv, t, d, dtype, mask] => {
             let shape = [number(b)?, number(h)?, number(hkv)?, number(t)?, number(d)?];
             let causal = match mask {
                 "full" => false,
                 "causal" => true,
                 _ => return Err("the mask is full or causal".into()),
             };
-            match dtype {
-                "f32" => attend(shape, causal, |x| x),
-                "bf16" => attend(shape, causal, bf16::from_f32),
+            match (op, dtype) {
+                ("attend", "f32") => attend(shape, causal, |x| x),
+                ("attend", "bf16") => attend(shape, causal, bf16::from_f32),
+                (_, "f32") => attend_grad(shape, causal, |x| x),
+                (_, "bf16") => attend_grad(shape, causal, bf16::from_f32),
                 _ => Err("the type is f32 or bf16".into()),
             }
         }
         ["exp", n, calls] => exp(number(n)?, number(calls)?),
         ["read", mib, threads] => read(number(mib)?, number(threads)?),
-        _ => Err("requests are: attend B H HKV T D f32|bf16 full|causal, exp N CALLS, read MIB THREADS".into()),
+        _ => Err("requests are: attend or attend_grad B H HKV T D f32|bf16 full|causal, exp N CALLS, read MIB THREADS"
+            .into()),
     }
 }
 

@@ -4,13 +4,18 @@
 //! views are read in place and grouped heads are never repeated. The output is f32
 //! (B, H, Tq, Dv) over memory in (B, Tq, H, Dv) order, so that a model's output projection
 //! reads it without a copy.
+//!
+//! Where q, k or v track gradients, so do output and log-sum-exp; the backward pass recomputes weights tile
+//! by tile and needs no memory of Tq × Tk. Sinks are constants here.
 
 use crate::error::{Error, Result};
-use crate::prim::tensor::{AnyView, rows_contiguous, view};
+use crate::prim::conv::{WorkCell, cpu, gradient, wrap as wrap_error};
+use crate::prim::tensor::{AnyView, cpu_view, rows, view};
 use crate::sparse::HeadSelection;
-use candle_core::{Device, Tensor};
+use candle_core::{CpuStorage, CustomOp3, Device, Layout, Shape, Tensor};
 use foveal_kernels::{
-    Attend, BlockTable, HeadKeys, HeadTable, Isa, KeyLists, ViewMut, Work, attend_indexed as indexed_kernel, merge_row,
+    Attend, AttendGrads, BlockTable, Element, HeadKeys, HeadTable, Isa, KeyLists, Upstream, View, ViewMut, Work,
+    attend_indexed as indexed_kernel, attend_indexed_backward as indexed_backward, merge_row,
 };
 
 /// Options of one attention call.
@@ -72,7 +77,8 @@ pub fn attend_indexed(
 
 /// Exact attention over what a selector chose, one [`HeadSelection`] per (batch, head): blocks and
 /// single keys in one pass. Where a head's blocks have row masks, or their queries and those of the
-/// key lists are no multiples of one another, the two are computed apart and merged by log-sum-exp.
+/// key lists are no multiples of one another, the two are computed apart and merged by log-sum-exp (without
+/// gradients).
 pub fn attend_selected(
     q: &Tensor,
     k: &Tensor,
@@ -105,8 +111,14 @@ pub fn attend_selected(
     }
 }
 
-/// Combine two attention results of the same queries over disjoint keys.
+/// Combine two attention results of the same queries over disjoint keys. Refused where a part tracks
+/// gradients.
 pub fn merge(a: &Attended, b: &Attended) -> Result<Attended> {
+    for (tensor, x) in [("first part", &a.out), ("second part", &b.out)] {
+        if x.track_op() {
+            return Err(Error::NoBackward { op: "merge", tensor });
+        }
+    }
     let dims = a.out.dims4()?;
     if b.out.dims4()? != dims {
         return Err(Error::Shape {
@@ -131,14 +143,59 @@ pub fn merge(a: &Attended, b: &Attended) -> Result<Attended> {
     wrap(o, lse, [bs, h, t, d], a.work + b.work)
 }
 
+#[derive(Clone, Copy)]
 enum What<'a> {
     Blocks(Option<&'a BlockTable>),
     Lists(&'a KeyLists),
     Both(&'a BlockTable, &'a KeyLists),
 }
 
+/// (B, H, Tq, Dv) over (B, Tq, H, Dv) memory.
+fn strides([_, h, t, d]: [usize; 4]) -> [usize; 3] {
+    [t * h * d, d, h * d]
+}
+
+/// `$body` with the three views as one type.
+macro_rules! alike {
+    ($op:expr, $views:expr, [$q:ident, $k:ident, $v:ident] => $body:expr) => {
+        match $views {
+            [AnyView::F32($q), AnyView::F32($k), AnyView::F32($v)] => $body,
+            [AnyView::Bf16($q), AnyView::Bf16($k), AnyView::Bf16($v)] => $body,
+            _ => Err(Error::Dtype { op: $op, tensor: "k or v", dtype: "mixed".into(), expected: "the dtype of q" }),
+        }
+    };
+}
+
+/// The kernel's parameters for heads of `d`.
+fn parameters(o: &AttendOptions, d: usize) -> Attend<'_> {
+    let mut p = Attend::new(o.scale.unwrap_or(1.0 / (d.max(1) as f32).sqrt())).causal(o.causal).window(o.window);
+    p.softcap = o.softcap;
+    p.sinks = o.sinks.as_deref();
+    if let Some(isa) = o.isa {
+        p.isa = isa;
+    }
+    p
+}
+
+fn forward<T: Element>(
+    o: &AttendOptions,
+    what: What,
+    [q, k, v]: [&View<T>; 3],
+    out: &mut [f32],
+    lse: &mut [f32],
+) -> Result<Work> {
+    let p = parameters(o, q.shape[3]);
+    let shape = [q.shape[0], q.shape[1], q.shape[2], v.shape[3]];
+    let mut out = ViewMut::new("out", out, shape, strides(shape))?;
+    Ok(match what {
+        What::Blocks(t) => p.table(t).run(q, k, v, &mut out, Some(lse)),
+        What::Lists(l) => indexed_kernel(&p, l, q, k, v, &mut out, Some(lse)),
+        What::Both(t, l) => indexed_kernel(&p.table(Some(t)), l, q, k, v, &mut out, Some(lse)),
+    }?)
+}
+
 fn run(op: &'static str, q: &Tensor, k: &Tensor, v: &Tensor, o: &AttendOptions, what: What) -> Result<Attended> {
-    let (q, k, v) = (rows_contiguous(op, "q", q)?, rows_contiguous(op, "k", k)?, rows_contiguous(op, "v", v)?);
+    let (q, k, v) = (rows(op, "q", q)?, rows(op, "k", k)?, rows(op, "v", v)?);
     for (name, t) in [("k", &k), ("v", &v)] {
         if t.dtype() != q.dtype() {
             return Err(Error::Dtype {
@@ -149,44 +206,156 @@ fn run(op: &'static str, q: &Tensor, k: &Tensor, v: &Tensor, o: &AttendOptions, 
             });
         }
     }
-    let (b, h, tq, d) = q.dims4()?;
+    let (b, h, tq, _) = q.dims4()?;
     let dv = v.dims4()?.3;
-    let mut p = Attend::new(o.scale.unwrap_or(1.0 / (d.max(1) as f32).sqrt())).causal(o.causal).window(o.window);
-    p.softcap = o.softcap;
     if let Some(s) = &o.sinks
         && s.len() != h
     {
         return Err(Error::Shape { op, tensor: "sinks", shape: vec![s.len()], expected: format!("({h}) query heads") });
     }
-    p.sinks = o.sinks.as_deref();
-    if let Some(isa) = o.isa {
-        p.isa = isa;
+    let n = b * h * tq * dv;
+    if q.track_op() || k.track_op() || v.track_op() {
+        let work = WorkCell::default();
+        let visited = Visited::of(what);
+        let both = q.apply_op3(&k, &v, Tracked { name: op, options: o.clone(), visited, work: work.clone() })?;
+        let out = both.narrow(0, 0, n)?.reshape((b, tq, h, dv))?.transpose(1, 2)?;
+        let lse = both.narrow(0, n, b * h * tq)?.reshape((b, h, tq))?;
+        return Ok(Attended { out, lse, work: work.get() });
     }
-    let mut out = vec![0f32; b * h * tq * dv];
+    let mut out = vec![0f32; n];
     let mut lse = vec![0f32; b * h * tq];
     let work = {
-        let mut ov = ViewMut::new("out", &mut out, [b, h, tq, dv], [tq * h * dv, dv, h * dv])?;
-        let (qs, ql) = q.storage_and_layout();
-        let (ks, kl) = k.storage_and_layout();
+        let ((qs, ql), (ks, kl)) = (q.storage_and_layout(), k.storage_and_layout());
         let (vs, vl) = v.storage_and_layout();
-        macro_rules! go {
-            ($q:expr, $k:expr, $v:expr) => {
-                match what {
-                    What::Blocks(t) => p.clone().table(t).run($q, $k, $v, &mut ov, Some(&mut lse))?,
-                    What::Lists(l) => indexed_kernel(&p, l, $q, $k, $v, &mut ov, Some(&mut lse))?,
-                    What::Both(t, l) => {
-                        indexed_kernel(&p.clone().table(Some(t)), l, $q, $k, $v, &mut ov, Some(&mut lse))?
-                    }
-                }
-            };
-        }
-        match (view("q", &qs, ql)?, view("k", &ks, kl)?, view("v", &vs, vl)?) {
-            (AnyView::F32(q), AnyView::F32(k), AnyView::F32(v)) => go!(&q, &k, &v),
-            (AnyView::Bf16(q), AnyView::Bf16(k), AnyView::Bf16(v)) => go!(&q, &k, &v),
-            _ => return Err(Error::Dtype { op, tensor: "k or v", dtype: "mixed".into(), expected: "the dtype of q" }),
-        }
+        let views = [view("q", &qs, ql)?, view("k", &ks, kl)?, view("v", &vs, vl)?];
+        alike!(op, views, [q, k, v] => forward(o, what, [&q, &k, &v], &mut out, &mut lse))?
     };
     wrap(out, lse, [b, h, tq, dv], work)
+}
+
+/// What a call visits, kept for its backward pass.
+enum Visited {
+    Blocks(Option<BlockTable>),
+    Lists(KeyLists),
+    Both(BlockTable, KeyLists),
+}
+
+impl Visited {
+    fn of(what: What) -> Self {
+        match what {
+            What::Blocks(t) => Visited::Blocks(t.cloned()),
+            What::Lists(l) => Visited::Lists(l.clone()),
+            What::Both(t, l) => Visited::Both(t.clone(), l.clone()),
+        }
+    }
+
+    fn what(&self) -> What<'_> {
+        match self {
+            Visited::Blocks(t) => What::Blocks(t.as_ref()),
+            Visited::Lists(l) => What::Lists(l),
+            Visited::Both(t, l) => What::Both(t, l),
+        }
+    }
+}
+
+/// Attention inside autograd: one flat result, the output in (B, Tq, H, Dv) memory and then the log-sum-exp,
+/// which the backward pass finds there again.
+struct Tracked {
+    name: &'static str,
+    options: AttendOptions,
+    visited: Visited,
+    work: WorkCell,
+}
+
+impl Tracked {
+    /// Gradients of q, k and v, contiguous.
+    fn backward<T: Element>(&self, [q, k, v]: [&View<T>; 3], result: &[f32], dresult: &[f32]) -> Result<[Vec<f32>; 3]> {
+        let p = parameters(&self.options, q.shape[3]);
+        let shape = [q.shape[0], q.shape[1], q.shape[2], v.shape[3]];
+        let n = shape.iter().product();
+        let ((out, lse), (dout, dlse)) = (result.split_at(n), dresult.split_at(n));
+        let up = Upstream {
+            out: &View::new("out", out, shape, strides(shape))?,
+            lse,
+            dout: &View::new("dout", dout, shape, strides(shape))?,
+            dlse: Some(dlse),
+        };
+        let mut g = [q.shape, k.shape, v.shape].map(|s| vec![0f32; s.iter().product()]);
+        let [dq, dk, dv] = &mut g;
+        let grads = AttendGrads {
+            dq: &mut ViewMut::contiguous("dq", dq, q.shape)?,
+            dk: &mut ViewMut::contiguous("dk", dk, k.shape)?,
+            dv: &mut ViewMut::contiguous("dv", dv, v.shape)?,
+            dsinks: None,
+            dbias: None,
+        };
+        match self.visited.what() {
+            What::Blocks(t) => p.table(t).backward(q, k, v, &up, grads),
+            What::Lists(l) => indexed_backward(&p, l, q, k, v, &up, grads),
+            What::Both(t, l) => indexed_backward(&p.table(Some(t)), l, q, k, v, &up, grads),
+        }?;
+        Ok(g)
+    }
+}
+
+/// An error on its way through candle.
+fn through(e: Error) -> candle_core::Error {
+    match e {
+        Error::Kernel(e) => wrap_error(e),
+        other => candle_core::Error::wrap(other),
+    }
+}
+
+impl CustomOp3 for Tracked {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        ql: &Layout,
+        k: &CpuStorage,
+        kl: &Layout,
+        v: &CpuStorage,
+        vl: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (qd, vd) = (ql.dims(), vl.dims());
+        let rows = qd[0] * qd[1] * qd[2];
+        let mut both = vec![0f32; rows * (vd[3] + 1)];
+        let (out, lse) = both.split_at_mut(rows * vd[3]);
+        let mut go = || -> Result<Work> {
+            let views = [cpu_view("q", q, ql)?, cpu_view("k", k, kl)?, cpu_view("v", v, vl)?];
+            alike!(self.name, views, [q, k, v] => forward(&self.options, self.visited.what(), [&q, &k, &v], out, lse))
+        };
+        self.work.set(go().map_err(through)?);
+        let n = both.len();
+        Ok((CpuStorage::F32(both), Shape::from(n)))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        result: &Tensor,
+        dresult: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let dresult = dresult.contiguous()?;
+        let ((qs, ql), (ks, kl)) = (q.storage_and_layout(), k.storage_and_layout());
+        let ((vs, vl), (rs, rl)) = (v.storage_and_layout(), result.storage_and_layout());
+        let (gs, gl) = dresult.storage_and_layout();
+        let flat = |s, l: &Layout| -> candle_core::Result<_> {
+            Ok(&cpu(s)?.as_slice::<f32>()?[l.start_offset()..l.start_offset() + l.shape().elem_count()])
+        };
+        let (result, dresult) = (flat(&rs, rl)?, flat(&gs, gl)?);
+        let go = || -> Result<[Vec<f32>; 3]> {
+            let views = [view("q", &qs, ql)?, view("k", &ks, kl)?, view("v", &vs, vl)?];
+            alike!(self.name, views, [q, k, v] => self.backward([&q, &k, &v], result, dresult))
+        };
+        let [dq, dk, dv] = go().map_err(through)?;
+        Ok((gradient(dq, q)?, gradient(dk, k)?, gradient(dv, v)?))
+    }
 }
 
 fn wrap(out: Vec<f32>, lse: Vec<f32>, [b, h, t, d]: [usize; 4], work: Work) -> Result<Attended> {

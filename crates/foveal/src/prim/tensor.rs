@@ -11,8 +11,18 @@ pub(crate) enum AnyView<'a> {
     Bf16(View<'a, bf16>),
 }
 
-/// The tensor itself if its last dimension is contiguous, else a contiguous copy.
+/// The tensor itself if its last dimension is contiguous, else a contiguous copy; refused if it tracks
+/// gradients.
 pub(crate) fn rows_contiguous(op: &'static str, name: &'static str, t: &Tensor) -> Result<Tensor> {
+    if t.track_op() {
+        return Err(Error::NoBackward { op, tensor: name });
+    }
+    rows(op, name, t)
+}
+
+/// The tensor itself if its last dimension is contiguous, else a contiguous copy, which tracks gradients as
+/// it does.
+pub(crate) fn rows(op: &'static str, name: &'static str, t: &Tensor) -> Result<Tensor> {
     if t.dims().len() != 4 {
         return Err(Error::Shape {
             op,
@@ -31,24 +41,28 @@ pub(crate) fn rows_contiguous(op: &'static str, name: &'static str, t: &Tensor) 
             remedy: format!("move {name} to Device::Cpu; CUDA kernels are not built yet"),
         });
     }
-    if t.is_variable() || t.track_op() {
-        return Err(Error::NoBackward { op, tensor: name });
-    }
     let s = t.stride();
     if s[3] == 1 || t.dims()[3] <= 1 { Ok(t.clone()) } else { Ok(t.contiguous()?) }
 }
 
-/// View of a tensor made by [`rows_contiguous`]; `storage` and `layout` come from
-/// `storage_and_layout`.
+/// View of a tensor made by [`rows`]; `storage` and `layout` come from `storage_and_layout`.
 pub(crate) fn view<'a>(name: &'static str, storage: &'a Storage, layout: &Layout) -> Result<AnyView<'a>> {
+    match storage {
+        Storage::Cpu(x) => cpu_view(name, x, layout),
+        _ => Err(Error::Dtype { op: "view", tensor: name, dtype: "other".into(), expected: "f32, bf16 on the CPU" }),
+    }
+}
+
+/// As [`view`].
+pub(crate) fn cpu_view<'a>(name: &'static str, storage: &'a CpuStorage, layout: &Layout) -> Result<AnyView<'a>> {
     let d = layout.dims();
     let s = layout.stride();
     let shape = [d[0], d[1], d[2], d[3]];
     let strides = [s[0], s[1], s[2]];
     let at = layout.start_offset();
     match storage {
-        Storage::Cpu(CpuStorage::F32(x)) => Ok(AnyView::F32(View::new(name, &x[at..], shape, strides)?)),
-        Storage::Cpu(CpuStorage::BF16(x)) => Ok(AnyView::Bf16(View::new(name, &x[at..], shape, strides)?)),
+        CpuStorage::F32(x) => Ok(AnyView::F32(View::new(name, &x[at..], shape, strides)?)),
+        CpuStorage::BF16(x) => Ok(AnyView::Bf16(View::new(name, &x[at..], shape, strides)?)),
         _ => Err(Error::Dtype { op: "view", tensor: name, dtype: "other".into(), expected: "f32, bf16 on the CPU" }),
     }
 }

@@ -1,0 +1,160 @@
+//! Attention inside candle's autograd: directional derivatives against central differences, and against the
+//! same attention composed of candle operations.
+
+use candle_core::{D, DType, Device, Tensor, Var};
+use foveal::prim::{AttendOptions, attend, attend_indexed, attend_selected, merge};
+use foveal::sparse::HeadSelection;
+use foveal_kernels::{BlockTable, HeadKeys, HeadTable, KeyLists};
+use std::f32::consts::TAU;
+
+/// Smooth, seeded, the same everywhere.
+fn wave(seed: usize, shape: &[usize]) -> Tensor {
+    let n: usize = shape.iter().product();
+    let at = |i: usize| ((i * 7919 + seed * 104_729) % 1009) as f32 / 1009.0;
+    let x: Vec<f32> = (0..n).map(|i| (TAU * at(i)).sin()).collect();
+    Tensor::from_vec(x, shape, &Device::Cpu).unwrap()
+}
+
+fn number(x: &Tensor) -> f64 {
+    f64::from(x.to_dtype(DType::F32).unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap())
+}
+
+/// Σ of the outputs (of which −∞ of a row without keys says nothing) under fixed weights.
+fn weigh(outs: &[Tensor]) -> Tensor {
+    let term = |(i, o): (usize, &Tensor)| {
+        let some = o.gt(-1e30).unwrap();
+        let o = some.where_cond(o, &o.zeros_like().unwrap()).unwrap();
+        (o * wave(90 + i, some.dims())).unwrap().sum_all().unwrap()
+    };
+    outs.iter().enumerate().map(term).reduce(|a, b| (a + b).unwrap()).unwrap()
+}
+
+/// Gradients of `weigh(f(inputs))`.
+fn gradients(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Vec<Tensor>) -> Vec<Tensor> {
+    let vars: Vec<Var> = inputs.iter().map(|x| Var::from_tensor(x).unwrap()).collect();
+    let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+    let grads = weigh(&f(&tensors)).backward().unwrap();
+    tensors.iter().map(|x| grads.get(x).unwrap().clone()).collect()
+}
+
+/// For each input: ⟨gradient, v⟩ equals (L(x + εv) − L(x − εv)) / 2ε.
+fn check(name: &str, inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Vec<Tensor>) {
+    let step = 1e-2;
+    for (i, grad) in gradients(inputs, &f).into_iter().enumerate() {
+        let dir = wave(40 + i, inputs[i].dims());
+        let loss = |s: f64| {
+            let mut moved = inputs.to_vec();
+            moved[i] = (&inputs[i] + (&dir * s).unwrap()).unwrap();
+            number(&weigh(&f(&moved)))
+        };
+        let quotient = (loss(step) - loss(-step)) / (2.0 * step);
+        assert_eq!(grad.dims(), inputs[i].dims());
+        let product = number(&(&grad * &dir).unwrap());
+        let size = number(&(&grad * &dir).unwrap().abs().unwrap()).max(1.0);
+        assert!((quotient - product).abs() < 2e-3 * size, "{name} input {i}: {quotient} against {product}");
+    }
+}
+
+const SHAPE: [usize; 4] = [2, 4, 21, 6];
+
+fn inputs() -> [Tensor; 3] {
+    [wave(1, &SHAPE), wave(2, &[2, 2, 30, 6]), wave(3, &[2, 2, 30, 5])]
+}
+
+fn tables(rows: bool) -> BlockTable {
+    let head = |h: usize| {
+        let mut t = HeadTable::from_lists(8, 7, (0..3).map(|i| vec![0, 1 + (h + i) as u32 % 4]).collect());
+        t.rows = rows.then(|| (0..t.blocks.len() as u64).map(|i| 0x5b5b >> (i % 4)).collect());
+        t
+    };
+    BlockTable { heads: (0..8).map(head).collect() }
+}
+
+fn lists() -> KeyLists {
+    let head = |h: usize| HeadKeys::from_lists(4, (0..6).map(|g| vec![g, 3 * g + h as u32, 29]).collect());
+    KeyLists { heads: (0..8).map(head).collect() }
+}
+
+#[test]
+fn masks_and_options() {
+    let options = [
+        AttendOptions::default(),
+        AttendOptions::causal(),
+        AttendOptions { window: Some(5), ..AttendOptions::causal() },
+        AttendOptions { softcap: Some(1.5), scale: Some(0.9), ..AttendOptions::causal() },
+        AttendOptions { sinks: Some(vec![0.3, -1.0, 0.0, 2.0]), ..AttendOptions::causal() },
+    ];
+    for o in options {
+        check(&format!("{o:?}"), &inputs(), |x| {
+            let a = attend(&x[0], &x[1], &x[2], &o, None).unwrap();
+            vec![a.out, a.lse]
+        });
+        // The log-sum-exp is not always asked for, and rows may lie anywhere.
+        let [q, k, v] = inputs();
+        let turned = [q.transpose(1, 2).unwrap().contiguous().unwrap(), k, v];
+        check("turned", &turned, |x| vec![attend(&x[0].transpose(1, 2).unwrap(), &x[1], &x[2], &o, None).unwrap().out]);
+    }
+}
+
+#[test]
+fn tables_and_lists() {
+    let o = AttendOptions::causal();
+    for rows in [false, true] {
+        let t = tables(rows);
+        check("table", &inputs(), |x| {
+            let a = attend(&x[0], &x[1], &x[2], &o, Some(&t)).unwrap();
+            vec![a.out, a.lse]
+        });
+    }
+    let l = lists();
+    check("lists", &inputs(), |x| {
+        let a = attend_indexed(&x[0], &x[1], &x[2], &o, &l).unwrap();
+        vec![a.out, a.lse]
+    });
+    let selections = |rows| -> Vec<HeadSelection> {
+        let both = tables(rows).heads.into_iter().zip(lists().heads);
+        both.map(|(t, l)| HeadSelection { blocks: Some(t), keys: Some(l) }).collect()
+    };
+    check("both", &inputs(), |x| vec![attend_selected(&x[0], &x[1], &x[2], &o, selections(false)).unwrap().out]);
+    // Row masks beside lists are merged, which has no backward pass and says so.
+    let [q, k, v] = inputs();
+    let q = Var::from_tensor(&q).unwrap();
+    let refused = attend_selected(&q, &k, &v, &o, selections(true)).unwrap_err().to_string();
+    assert!(refused.contains("merge") && refused.contains("gradients"), "{refused}");
+    let part = attend(&q, &k, &v, &o, None).unwrap();
+    assert!(merge(&part, &part).is_err());
+}
+
+/// The same as candle operations compute that are differentiated one by one.
+#[test]
+fn composed_of_candle_operations() {
+    let [q, k, v] = [wave(1, &[1, 2, 12, 8]), wave(2, &[1, 2, 12, 8]), wave(3, &[1, 2, 12, 8])];
+    let inputs = [q, k, v];
+    let hidden: Vec<f32> = (0..144).map(|i| if i % 12 > i / 12 { f32::NEG_INFINITY } else { 0.0 }).collect();
+    let hidden = Tensor::from_vec(hidden, (1, 1, 12, 12), &Device::Cpu).unwrap();
+    let want = gradients(&inputs, |x| {
+        let s = (x[0].matmul(&x[1].t().unwrap()).unwrap() * (1.0 / 8f64.sqrt())).unwrap();
+        let e = s.broadcast_add(&hidden).unwrap().exp().unwrap();
+        let p = e.broadcast_div(&e.sum_keepdim(D::Minus1).unwrap()).unwrap();
+        vec![p.matmul(&x[2]).unwrap()]
+    });
+    let got = gradients(&inputs, |x| vec![attend(&x[0], &x[1], &x[2], &AttendOptions::causal(), None).unwrap().out]);
+    for (a, b) in got.iter().zip(&want) {
+        assert!(number(&(a - b).unwrap().abs().unwrap()) < 1e-4);
+    }
+}
+
+#[test]
+fn forward_is_that_without_gradients() {
+    let [q, k, v] = inputs().map(|x| x.to_dtype(DType::BF16).unwrap());
+    let o = AttendOptions::causal();
+    let plain = attend(&q, &k, &v, &o, None).unwrap();
+    assert!(!plain.out.track_op());
+    let var = Var::from_tensor(&k).unwrap();
+    let tracked = attend(&q, &var, &v, &o, None).unwrap();
+    assert_eq!((tracked.out.stride(), tracked.work), (plain.out.stride(), plain.work));
+    assert_eq!(number(&(&tracked.out - &plain.out).unwrap().abs().unwrap()), 0.0);
+    let grads = tracked.out.sum_all().unwrap().backward().unwrap();
+    assert_eq!(grads.get(&var).unwrap().dtype(), DType::BF16);
+    assert!(attend(&q, &var, &v.to_dtype(DType::F32).unwrap(), &o, None).is_err());
+}
