@@ -244,39 +244,55 @@ fn pack_row<T: Element>(format: WeightFormat, w: &[T], lane: usize, unit: f32, b
             }
         }
         WeightFormat::Int4 => {
-            let (scale, minimum) = int4_scale(w, unit);
-            block[2 * lane..2 * lane + 2].copy_from_slice(&scale.to_le_bytes());
+            let mut values = [0f32; BLOCK];
+            values.iter_mut().zip(w).for_each(|(v, w)| *v = w.to_f32() / unit);
+            let fit = Int4::fit(&values[..w.len()]);
+            block[2 * lane..2 * lane + 2].copy_from_slice(&f16::from_f32(fit.scale).to_le_bytes());
             let at = INT4_MINIMA + 2 * lane;
-            block[at..at + 2].copy_from_slice(&minimum.to_le_bytes());
-            for (c, w) in w.iter().enumerate() {
-                let q = int4_code(w.to_f32() / unit, scale, minimum);
+            block[at..at + 2].copy_from_slice(&f16::from_f32(fit.minimum).to_le_bytes());
+            for (c, &v) in values[..w.len()].iter().enumerate() {
+                let q = fit.code(v) as u8;
                 block[INT4_SCALES + 4 * (c / 4 % 4 * PANEL + lane) + c % 4] |= q << (c / 16 * 4);
             }
         }
     }
 }
 
-/// Scale and minimum of up to 32 weights, in units of `unit`: from end to end of their range, as Q4_1 has
-/// them, or 8 steps below zero and 7 above (the largest magnitude being 8 steps), as Q4_0.
-fn int4_scale<T: Element>(w: &[T], unit: f32) -> (f16, f16) {
-    let values = || w.iter().map(|x| x.to_f32() / unit);
-    let (low, high) = values().fold((f32::INFINITY, f32::NEG_INFINITY), |(l, h), x| (l.min(x), h.max(x)));
-    let largest = if -low > high { low } else { high };
-    let range = (f16::from_f32((high - low) / 15.0), f16::from_f32(low));
-    let around = (f16::from_f32(largest / -8.0), f16::from_f32(f16::from_f32(largest / -8.0).to_f32() * -8.0));
-    let error =
-        |&(s, m): &(f16, f16)| -> f32 { values().map(|x| (int4_value(int4_code(x, s, m), s, m) - x).powi(2)).sum() };
-    // An end that f16 cannot hold makes no candidate.
-    if !around.1.is_finite() || error(&range) <= error(&around) { range } else { around }
+/// Scale and minimum of a group of int4 weights, as f16 holds them.
+#[derive(Clone, Copy)]
+struct Int4 {
+    scale: f32,
+    minimum: f32,
+    /// 1 / scale, or 0: division is what would make packing slow.
+    inverse: f32,
 }
 
-fn int4_code(x: f32, scale: f16, minimum: f16) -> u8 {
-    let (scale, minimum) = (scale.to_f32(), minimum.to_f32());
-    if scale == 0.0 { 0 } else { ((x - minimum) / scale).round_ties_even().clamp(0.0, 15.0) as u8 }
-}
+impl Int4 {
+    fn new(scale: f32, minimum: f32) -> Self {
+        let (scale, minimum) = (f16::from_f32(scale).to_f32(), f16::from_f32(minimum).to_f32());
+        Self { scale, minimum, inverse: if scale == 0.0 { 0.0 } else { 1.0 / scale } }
+    }
 
-fn int4_value(code: u8, scale: f16, minimum: f16) -> f32 {
-    f32::from(code).mul_add(scale.to_f32(), minimum.to_f32())
+    /// For `w`: from end to end of their range, as Q4_1 has them, or 8 steps below zero and 7 above (the
+    /// largest magnitude being 8 steps), as Q4_0; whichever is nearer to them.
+    fn fit(w: &[f32]) -> Self {
+        let (low, high) = w.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(l, h), &x| (l.min(x), h.max(x)));
+        let largest = if -low > high { low } else { high };
+        let range = Self::new((high - low) / 15.0, low);
+        let step = f16::from_f32(largest / -8.0).to_f32();
+        let around = Self::new(step, step * -8.0);
+        let error = |f: &Self| -> f32 { w.iter().map(|&x| (f.value(f.code(x)) - x).powi(2)).sum() };
+        // An end that f16 cannot hold makes no candidate.
+        if !around.minimum.is_finite() || error(&range) <= error(&around) { range } else { around }
+    }
+
+    fn code(&self, x: f32) -> f32 {
+        ((x - self.minimum) * self.inverse).round_ties_even().clamp(0.0, 15.0)
+    }
+
+    fn value(&self, code: f32) -> f32 {
+        code * self.scale + self.minimum
+    }
 }
 
 /// 1 where the largest scale is at home in f16, else the power of two that brings it near 1.
