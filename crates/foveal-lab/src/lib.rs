@@ -7,6 +7,7 @@ pub mod compare;
 pub mod error;
 pub mod eval;
 pub mod facts;
+pub mod files;
 pub mod maps;
 pub mod model_bench;
 pub mod needle;

@@ -9,7 +9,7 @@ mod svg;
 mod table;
 
 pub use csv::csv;
-pub use files::{Written, write_all, write_file};
+pub use files::{Written, write_all};
 pub use html::html;
 pub use table::{table, tables, verdicts};
 
