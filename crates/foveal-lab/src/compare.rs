@@ -590,8 +590,7 @@ impl Run<'_, '_> {
         tokens: &[u32],
     ) -> Result<(StoreMeasured, Option<Needle>, Option<OutputError>, Option<Map>)> {
         let c = self.c;
-        let session = c.model.session(prompt, &self.plans[m], self.calibration.as_ref())?;
-        let session = session.cancel_with(self.cancel.clone());
+        let session = c.model.session_until(prompt, &self.plans[m], self.calibration.as_ref(), self.cancel.clone())?;
         let resident = session.resident();
         let mut error = None;
         let mut needle = None;
@@ -690,8 +689,8 @@ impl Run<'_, '_> {
         for m in members {
             self.tell(format!("{l} tokens: perplexity, {}", self.plans[m].name))?;
             let one = || -> Result<f64> {
-                let s = c.model.session(&prompt, &self.plans[m], self.calibration.as_ref())?;
-                let mut s = s.cancel_with(self.cancel.clone());
+                let mut s =
+                    c.model.session_until(&prompt, &self.plans[m], self.calibration.as_ref(), self.cancel.clone())?;
                 let last = &prompt.hidden[prompt.hidden.len() - h..];
                 Ok(subject.perplexity(&ppl::of_session(c.model, &mut s, last, rest, ppl::PIECE)?))
             };

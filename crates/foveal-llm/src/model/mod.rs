@@ -18,7 +18,7 @@ use crate::plan::{Plan, Resolved};
 use crate::rope::Rotary;
 use crate::session::Session;
 use foveal::Work;
-use foveal::cache::{CacheCtx, KvWeights};
+use foveal::cache::{CacheCtx, CachePolicy, KvWeights, LayerCache};
 use foveal::sparse::HeadSelection;
 use foveal_kernels::Isa;
 use foveal_kernels::elementwise::{self, Heads};
@@ -456,6 +456,21 @@ impl Model {
     /// A prompt that was not captured, missing keys before rotation or calibration where a
     /// policy needs them, a plan that does not fit the model.
     pub fn session(&self, prompt: &Prompt, plan: &Plan, calib: Option<&Calibration>) -> Result<Session<'_>> {
+        self.session_until(prompt, plan, calib, None)
+    }
+
+    /// As [`Model::session`]; once `cancel` is set, the next layer's cache ends in
+    /// [`LlmError::Interrupted`], and so do steps of the session afterwards.
+    ///
+    /// # Errors
+    /// As [`Model::session`], and the interruption.
+    pub fn session_until(
+        &self,
+        prompt: &Prompt,
+        plan: &Plan,
+        calib: Option<&Calibration>,
+        cancel: Option<Arc<AtomicBool>>,
+    ) -> Result<Session<'_>> {
         let resolved = plan.resolve(&self.config)?;
         if prompt.kv.len() != self.config.num_layers {
             return Err(LlmError::Input {
@@ -466,8 +481,11 @@ impl Model {
                 ),
             });
         }
-        let mut session = self.empty_session(&resolved, plan, prompt.len, calib)?;
+        let mut session = self.empty_session(&resolved, plan, prompt.len, calib, cancel.clone())?;
         for (l, kv) in prompt.kv.iter().enumerate() {
+            if interrupted(cancel.as_deref()) {
+                return Err(LlmError::Interrupted);
+            }
             if resolved.cache[l].needs().pre_rotation && kv.k_pre.len() != kv.k.len() {
                 return Err(LlmError::Input {
                     problem: format!(
@@ -495,7 +513,7 @@ impl Model {
         o: &PrefillOptions,
     ) -> Result<(Session<'_>, Prompt)> {
         let resolved = plan.resolve(&self.config)?;
-        let mut session = self.empty_session(&resolved, plan, tokens.len(), calib)?.cancel_with(o.cancel.clone());
+        let mut session = self.empty_session(&resolved, plan, tokens.len(), calib, o.cancel.clone())?;
         let prompt =
             self.run_prompt(tokens, &resolved, o, resolved.needs().pre_rotation, |l, kv| session.fill(l, kv))?;
         Ok((session, prompt))
@@ -507,11 +525,14 @@ impl Model {
         plan: &Plan,
         len: usize,
         calib: Option<&Calibration>,
+        cancel: Option<Arc<AtomicBool>>,
     ) -> Result<Session<'_>> {
         let c = &self.config;
         let rope = self.rotary.at(len);
-        let mut caches = Vec::with_capacity(c.num_layers);
-        for (l, policy) in resolved.cache.iter().enumerate() {
+        let layer = |(l, policy): (usize, &Arc<dyn CachePolicy>)| -> Result<Box<dyn LayerCache>> {
+            if interrupted(cancel.as_deref()) {
+                return Err(LlmError::Interrupted);
+            }
             let needs = policy.needs();
             let calibration = calib.and_then(|c| c.layers.get(l)).cloned();
             if needs.calibration && calibration.is_none() {
@@ -522,7 +543,7 @@ impl Model {
                 }
                 .into());
             }
-            caches.push(policy.layer(&CacheCtx {
+            Ok(policy.layer(&CacheCtx {
                 layer: l,
                 num_layers: c.num_layers,
                 num_heads: c.num_heads,
@@ -534,10 +555,12 @@ impl Model {
                 dtype: plan.kv_dtype,
                 weights: if needs.weights { Some(Arc::new(self.kv_weights(l)?)) } else { None },
                 calibration,
-            })?);
-        }
+            })?)
+        };
+        // A policy may factorise a layer's weights here: long work, and of each layer its own.
+        let caches = resolved.cache.par_iter().enumerate().with_max_len(1).map(layer).collect::<Result<_>>()?;
         let pre = resolved.cache.iter().map(|c| c.needs().pre_rotation).collect();
-        Ok(Session::new(self, caches, pre, len))
+        Ok(Session::new(self, caches, pre, len).cancel_with(cancel))
     }
 
     /// Key and value projections of a layer, as the model uses them (rounded to the weight format).
@@ -699,5 +722,54 @@ impl Model {
         l.down.forward(act, n, delta, self.isa)?;
         elementwise::add(x, delta, self.isa)?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use foveal::cache::dense::DenseCache;
+    use std::path::Path;
+    use std::sync::atomic::AtomicUsize;
+
+    /// A dense store whose making asks for a stop.
+    struct Stopping {
+        cancel: Arc<AtomicBool>,
+        made: Arc<AtomicUsize>,
+    }
+
+    impl CachePolicy for Stopping {
+        fn layer(&self, ctx: &CacheCtx) -> foveal::Result<Box<dyn LayerCache>> {
+            self.made.fetch_add(1, Ordering::Relaxed);
+            self.cancel.store(true, Ordering::Relaxed);
+            DenseCache.layer(ctx)
+        }
+        fn declared_bytes(&self, ctx: &CacheCtx, tokens: usize) -> usize {
+            DenseCache.declared_bytes(ctx, tokens)
+        }
+    }
+
+    #[test]
+    fn making_caches_ends_at_the_layer_after_a_request_to_stop() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens/llm/gguf_llama.gguf");
+        let model = Model::load(&Checkpoint::open(&path).unwrap(), &LoadOptions::default()).unwrap();
+        assert!(model.config().num_layers > 1);
+        let (cancel, made) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let plan = Plan::dense();
+        let mut resolved = plan.resolve(model.config()).unwrap();
+        let stopping: Arc<dyn CachePolicy> = Arc::new(Stopping { cancel: cancel.clone(), made: made.clone() });
+        resolved.cache = vec![stopping; model.config().num_layers];
+        // On one thread, so that no other layer is being made meanwhile.
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        let session = pool.install(|| model.empty_session(&resolved, &plan, 8, None, Some(cancel)));
+        assert!(matches!(session.map(drop), Err(LlmError::Interrupted)));
+        assert_eq!(made.load(Ordering::Relaxed), 1);
+
+        let o = PrefillOptions { capture: true, ..Default::default() };
+        let prompt = model.prefill(&[1, 2, 3], &plan, &o).unwrap();
+        let stop = Some(Arc::new(AtomicBool::new(true)));
+        let session = model.session_until(&prompt, &plan, None, stop);
+        assert!(matches!(session.map(drop), Err(LlmError::Interrupted)));
+        assert_eq!(model.session(&prompt, &plan, None).unwrap().len(), 3);
     }
 }

@@ -172,13 +172,13 @@ struct Factors {
     bv: Vec<f32>,
 }
 
-/// Factors already made: layer, storage, weights and calibration they belong to.
-type Made = Vec<(usize, KvDtype, Weak<KvWeights>, Option<Weak<LayerCalibration>>, Arc<Factors>)>;
+/// Factors already made, with the layer, storage, weights and calibration they belong to.
+type Factorised = (usize, KvDtype, Weak<KvWeights>, Option<Weak<LayerCalibration>>, Arc<Factors>);
 
 /// The policy, with what its layers share.
 struct PaluPolicy {
     cfg: Palu,
-    made: Mutex<Made>,
+    made: Mutex<Vec<Factorised>>,
     angles: Mutex<Option<Arc<Angles>>>,
 }
 
@@ -238,12 +238,13 @@ impl PaluPolicy {
             (None, None) => true,
             _ => false,
         };
-        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        // The lock is not held while factors are made: layers are built side by side.
+        let made = || self.made.lock().unwrap_or_else(PoisonError::into_inner);
         // A Weak keeps its address from being used again, so equal pointers are the same weights.
-        if let Some(f) = made
-            .iter()
-            .find(|m| m.0 == ctx.layer && m.1 == ctx.dtype && std::ptr::eq(m.2.as_ptr(), Arc::as_ptr(w)) && same(&m.3))
-        {
+        let known = |m: &&Factorised| {
+            m.0 == ctx.layer && m.1 == ctx.dtype && std::ptr::eq(m.2.as_ptr(), Arc::as_ptr(w)) && same(&m.3)
+        };
+        if let Some(f) = made().iter().find(known) {
             return Ok(f.4.clone());
         }
         let (d, hkv) = (ctx.head_dim, ctx.num_kv_heads);
@@ -281,7 +282,7 @@ impl PaluPolicy {
         let width = self.cfg.heads(hkv) * d;
         let [rk, rv] = self.cfg.ranks(width);
         let each = |w: &KvWeights, x: &[f32], gain: &[f32], r: usize| -> Result<Vec<Vec<f32>>> {
-            x.chunks_exact(width * w.hidden).map(|x| basis(x, w.hidden, gain, moment, r)).collect()
+            x.par_chunks_exact(width * w.hidden).map(|x| basis(x, w.hidden, gain, moment, r)).collect()
         };
         // The bias of a normalised key is inside the norm: nothing linear to take off.
         let bk = if w.k_norm.is_empty() { w.bk.clone() } else { Vec::new() };
@@ -289,6 +290,7 @@ impl PaluPolicy {
         let format = Palu::format(ctx.dtype);
         let rebuild = uk.iter().map(|u| Ok(PackedLinear::pack(u, width, rk, format)?)).collect::<Result<_>>()?;
         let f = Arc::new(Factors { uk, rebuild, uv: each(w, &w.wv, &[], rv)?, bk, bv: w.bv.clone() });
+        let mut made = made();
         made.retain(|m| m.2.strong_count() > 0);
         made.push((ctx.layer, ctx.dtype, Arc::downgrade(w), cal.map(Arc::downgrade), f.clone()));
         Ok(f)
