@@ -41,7 +41,7 @@ impl Message {
 pub const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
 /// Steps that a template may take: real ones take a few dozen a message.
-const MAX_STEPS: u64 = 10_000_000;
+const MAX_STEPS: u64 = 2_000_000;
 /// Bytes that a template may write.
 const MAX_OUTPUT: usize = 64 << 20;
 
