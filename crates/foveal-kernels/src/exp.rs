@@ -50,6 +50,19 @@ pub(crate) unsafe fn exp<S: Simd>(x: S::V) -> S::V {
     S::zero_below(x, S::splat(FLUSH * LN_2), S::pow2(n, p))
 }
 
+/// 1 / (1 + 2^−x); −∞ and what is below 2⁻¹²⁵ give 0, NaN stays NaN.
+///
+/// # Safety
+/// As in [`crate::simd`].
+#[inline(always)]
+pub(crate) unsafe fn logistic2<S: Simd>(x: S::V) -> S::V {
+    let one = S::splat(1.0);
+    // x stands second in `max`, which hands a NaN through.
+    let low = S::max(S::splat(FLUSH), x);
+    let y = S::div(one, S::add(one, exp2::<S>(S::sub(S::splat(0.0), low))));
+    S::zero_below(x, S::splat(FLUSH), y)
+}
+
 /// tanh x: a polynomial near zero, 1 − 2/(e^2x + 1) beyond.
 ///
 /// # Safety

@@ -11,6 +11,10 @@ pub(crate) enum Reason {
     AttendScale = 1,
     /// So few queries share a list of keys that AMX tiles would stay nearly empty.
     AttendFewQueries = 2,
+    /// Attention on AMX tiles knows the softmax only.
+    AttendSigmoid = 8,
+    /// The backward pass of attention has no tiles yet.
+    AttendBackward = 16,
     /// Linear layers in int8 want AVX-512 VNNI and finite inputs.
     LinearInteger = 4,
 }
@@ -25,6 +29,12 @@ impl Reason {
             Reason::AttendFewQueries => {
                 "bf16 attention of four or fewer queries to a list of keys runs in f32, not on AMX tiles; \
                  larger query blocks run on tiles"
+            }
+            Reason::AttendSigmoid => {
+                "bf16 attention with a sigmoid runs in f32, not on AMX tiles; the softmax runs on tiles"
+            }
+            Reason::AttendBackward => {
+                "the backward pass of bf16 attention runs in f32, not on AMX tiles, which have none yet"
             }
             Reason::LinearInteger => {
                 "an int8 linear layer runs on floating point: the integer path needs AVX-512 VNNI and finite inputs"

@@ -141,6 +141,57 @@ pub fn attend_backward(
     g
 }
 
+/// Attention of which each weight is a sigmoid of its own: p = 1 / (1 + e^−(s + shift)), o = Σ p v, with the
+/// scores of [`attend_biased`]; and the gradients of Σ out · dout (no sinks).
+#[allow(clippy::too_many_arguments)]
+pub fn attend_sigmoid(
+    q: &[f64],
+    k: &[f64],
+    v: &[f64],
+    dout: &[f64],
+    [b, h, tq, d]: [usize; 4],
+    [hkv, tk, dv]: [usize; 3],
+    scale: f64,
+    softcap: Option<f64>,
+    shift: f64,
+    bias: &dyn Fn(usize, usize, usize, usize) -> f64,
+    visible: Visible,
+) -> (Vec<f64>, AttendGradients) {
+    let mut out = vec![0.0; dout.len()];
+    let mut g = AttendGradients {
+        dq: vec![0.0; q.len()],
+        dk: vec![0.0; k.len()],
+        dv: vec![0.0; v.len()],
+        dsinks: Vec::new(),
+        dbias: vec![0.0; b * h * tq * tk],
+    };
+    let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+    for r in 0..b * h * tq {
+        let (bi, hi, i) = (r / (h * tq), r / tq % h, r % tq);
+        let kv = bi * hkv + hi / (h / hkv);
+        let (q, dout) = (&q[r * d..(r + 1) * d], &dout[r * dv..(r + 1) * dv]);
+        for j in (0..tk).filter(|&j| visible(bi, hi, i, j)) {
+            let at = kv * tk + j;
+            let (k, v) = (&k[at * d..(at + 1) * d], &v[at * dv..(at + 1) * dv]);
+            let s = dot(q, k) * scale;
+            let bent = softcap.map_or(0.0, |c| (s / c).tanh());
+            let p = 1.0 / (1.0 + (-softcap.map_or(s, |c| c * bent) - bias(bi, hi, i, j) - shift).exp());
+            let ds = p * (1.0 - p) * dot(dout, v);
+            g.dbias[r * tk + j] = ds;
+            let ds = ds * (1.0 - bent * bent) * scale;
+            for c in 0..d {
+                g.dq[r * d + c] += ds * k[c];
+                g.dk[at * d + c] += ds * q[c];
+            }
+            for c in 0..dv {
+                out[r * dv + c] += p * v[c];
+                g.dv[at * dv + c] += p * dout[c];
+            }
+        }
+    }
+    (out, g)
+}
+
 /// Linear layer in f64: x (m, k) · wᵀ (n, k) + bias → (m, n).
 pub fn linear(x: &[f64], w: &[f64], bias: Option<&[f64]>, [m, n, k]: [usize; 3]) -> Vec<f64> {
     let dot = |i: usize, j: usize| (0..k).map(|c| x[i * k + c] * w[j * k + c]).sum::<f64>();

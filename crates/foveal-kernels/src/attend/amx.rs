@@ -500,9 +500,11 @@ impl PackedValues {
 }
 
 impl Call<'_, bf16> {
-    /// Whether this path can serve the call: maxima of scores need a positive factor on them.
+    /// Whether this path can serve the call: a softmax, of whose scores maxima need a positive factor on them.
     pub(super) fn suits_amx(&self) -> bool {
-        self.scope.p.scale > 0.0 || self.scope.p.softcap.is_some() && self.scope.p.scale < 0.0
+        let p = self.scope.p;
+        let positive = p.scale > 0.0 || p.softcap.is_some() && p.scale < 0.0;
+        positive && p.normalizer.sigmoid().is_none()
     }
 
     /// Vᵀ of the given (up to 32) rows.
@@ -708,6 +710,7 @@ impl Call<'_, bf16> {
                     m: stat.add(i),
                     l: stat.add(padded + i),
                     unit,
+                    summed: true,
                     sink: None,
                     rows: &[],
                     lse: std::ptr::null_mut(),

@@ -15,10 +15,13 @@ use super::strip::{KEY_PAD, Kernels, MAX_STRIP};
 use super::{Attend, check_shapes};
 use crate::error::{KernelError, Result, same};
 use crate::exp::LOG2_E;
+use crate::fallback::{Reason, tell};
 use crate::isa::Isa;
 use crate::view::{Element, Rows, View, ViewMut};
 use crate::work::Work;
+use half::bf16;
 use rayon::prelude::*;
+use std::any::TypeId;
 use std::ops::Range;
 use std::ptr::{null, null_mut};
 use std::sync::{Mutex, PoisonError};
@@ -27,7 +30,7 @@ use std::sync::{Mutex, PoisonError};
 pub struct Upstream<'a> {
     /// Output of the forward call, (B, H, Tq, Dv).
     pub out: &'a View<'a, f32>,
-    /// Log-sum-exp of the forward call, (B, H, Tq) contiguous.
+    /// Log-sum-exp of the forward call, (B, H, Tq) contiguous; empty with a sigmoid.
     pub lse: &'a [f32],
     /// Gradient of the loss in the output, (B, H, Tq, Dv).
     pub dout: &'a View<'a, f32>,
@@ -118,7 +121,7 @@ struct Call<'a, T> {
     v: &'a View<'a, T>,
     dout: &'a View<'a, f32>,
     lse: &'a [f32],
-    /// Σ dO·O less the gradient of the log-sum-exp, a query.
+    /// Σ dO·O less the gradient of the log-sum-exp, a query; none with a sigmoid.
     delta: Vec<f32>,
     dq: Rows<'a, f32>,
     dk: Rows<'a, f32>,
@@ -150,7 +153,11 @@ pub(crate) fn run<T: Element>(
     same_shape(op, "dq", grads.dq.shape, "q", q.shape)?;
     same_shape(op, "dk", grads.dk.shape, "k", k.shape)?;
     same_shape(op, "dv", grads.dv.shape, "v", v.shape)?;
-    same(op, "batch*heads*tokens", "lse", up.lse.len(), "q", b * h * tq)?;
+    scope.no_lse(op, "lse", !up.lse.is_empty())?;
+    scope.no_lse(op, "dlse", up.dlse.is_some())?;
+    if p.normalizer.sigmoid().is_none() {
+        same(op, "batch*heads*tokens", "lse", up.lse.len(), "q", b * h * tq)?;
+    }
     if let Some(x) = up.dlse {
         same(op, "batch*heads*tokens", "dlse", x.len(), "q", b * h * tq)?;
     }
@@ -187,18 +194,24 @@ pub(crate) fn run<T: Element>(
         dbias: grads.dbias.map(|x| x.rows()),
     };
     call.clear();
-    call.delta = call.deltas(up.out, up.dlse);
+    if p.normalizer.sigmoid().is_none() {
+        call.delta = call.deltas(up.out, up.dlse);
+    }
     if let (Some(to), Some(sinks)) = (grads.dsinks, p.sinks) {
         call.sinks(sinks, to);
     }
     if [b, h, tq, tk, d].contains(&0) {
         return Ok(Work::default());
     }
+    let slower = TypeId::of::<T>() == TypeId::of::<bf16>() && isa == Isa::Amx;
+    if slower {
+        tell(Reason::AttendBackward);
+    }
     let pool = Mutex::new(Vec::new());
     let size = *CELLS.iter().find(|&&n| b * hkv * tq.max(tk).div_ceil(n) >= WIDTH).unwrap_or(&CELLS[2]);
     let (nq, nk) = (tq.div_ceil(size), tk.div_ceil(size));
     let part = |i: usize, t: usize| i * size..((i + 1) * size).min(t);
-    Ok((0..b * hkv)
+    let work: Work = (0..b * hkv)
         .into_par_iter()
         .with_max_len(1)
         .map(|bk| {
@@ -224,7 +237,8 @@ pub(crate) fn run<T: Element>(
             }
             work
         })
-        .sum())
+        .sum();
+    Ok(if slower { work.on_slower_path() } else { work })
 }
 
 impl<T: Element> Call<'_, T> {
@@ -349,6 +363,7 @@ impl<T: Element> Call<'_, T> {
         // Rows of K and V, sums for dK and dV in and out; q, dout, dq in and out.
         work.bytes = keys * ((d + dv) * (size + 8)) as u64 + (rows.len() * (d * (size + 8) + dv * 4)) as u64;
 
+        let sigmoid = self.scope.p.normalizer.sigmoid();
         let lanes = self.kernels.lanes;
         let full = lanes * self.kernels.vecs;
         let n = rows.len();
@@ -387,9 +402,13 @@ impl<T: Element> Call<'_, T> {
             let first = (bi * h + hi) * self.scope.tq + rows.start;
             for x in 0..padded {
                 // A row that sees nothing, and a lane without a row, has weights of e^−∞.
-                let lse = if x < n { self.lse[first + x] } else { f32::INFINITY };
+                let (lse, delta) = match sigmoid {
+                    _ if x >= n => (f32::INFINITY, 0.0),
+                    Some(bias) => (-bias, 0.0),
+                    None => (self.lse[first + x], self.delta[first + x]),
+                };
                 *stat.add(x) = if lse == f32::NEG_INFINITY { f32::INFINITY } else { lse };
-                *stat.add(padded + x) = if x < n { self.delta[first + x] } else { 0.0 };
+                *stat.add(padded + x) = delta;
             }
             std::slice::from_raw_parts_mut(dqt, padded * d).fill(0.0);
         }
@@ -452,6 +471,7 @@ impl<T: Element> Call<'_, T> {
                         bias,
                         factor,
                         cap,
+                        sigmoid: sigmoid.is_some(),
                         s: scores,
                         ds,
                         dbias,

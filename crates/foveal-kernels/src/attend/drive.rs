@@ -1,8 +1,8 @@
 //! From a call to strip × tile visits.
 
-use super::Attend;
 use super::scope::{Listed, MASKS, Scope, Source, WORK_TILE};
 use super::strip::{Finish, KEY_PAD, KEY_TILE, Kernels, MAX_STRIP, NO_MAX, Step};
+use super::{Attend, Normalizer};
 use crate::error::{Result, same as equal};
 use crate::exp::LOG2_E;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
@@ -92,6 +92,7 @@ pub(crate) fn run<T: Element>(
 ) -> Result<Work> {
     let [b, h, tq, _] = q.shape;
     let scope = Scope::new(op, p, source, q.shape, k.shape)?;
+    scope.no_lse(op, "lse", lse.is_some())?;
     let mut own_lse = Vec::new();
     let lse = match lse {
         Some(l) => {
@@ -252,6 +253,7 @@ impl<T: Element> Call<'_, T> {
                 // SAFETY: a call on tiles is on a machine with AMX.
                 Some(same) if rows.len() > self.kernels.few => return unsafe { same.rows_amx(s, bh, rows) },
                 Some(_) => Reason::AttendFewQueries,
+                None if self.scope.p.normalizer.sigmoid().is_some() => Reason::AttendSigmoid,
                 None => Reason::AttendScale,
             };
             tell(reason);
@@ -361,6 +363,7 @@ impl<T: Element> Call<'_, T> {
                     squash,
                     bias,
                     c,
+                    sigmoid: self.scope.p.normalizer.sigmoid().map(|b| b * LOG2_E),
                     s: scores,
                     // SAFETY: as above.
                     o: unsafe { o.add(i * dv) },
@@ -381,7 +384,18 @@ impl<T: Element> Call<'_, T> {
             unsafe {
                 let (o, m, l) = (o.add(i * dv), stat.add(i), stat.add(padded + i));
                 let w = if few { 0 } else { w };
-                let parts = Finish { w, dv, o, m, l, unit, sink: None, rows: &[], lse: std::ptr::null_mut() };
+                let parts = Finish {
+                    w,
+                    dv,
+                    o,
+                    m,
+                    l,
+                    unit,
+                    summed: self.scope.p.normalizer == Normalizer::Softmax,
+                    sink: None,
+                    rows: &[],
+                    lse: std::ptr::null_mut(),
+                };
                 self.finish([bi, hi], rows.start + a..rows.start + b, &parts);
             }
         }

@@ -12,7 +12,7 @@
 
 use super::strip::{all_scores, all_values};
 use crate::dispatch::with_isa;
-use crate::exp::{LOG2_E, exp2, tanh};
+use crate::exp::{LOG2_E, exp2, logistic2, tanh};
 use crate::simd::Simd;
 
 /// Keys of a tile: a multiple of the 6, 8 and 12 rows of the microkernels; scores and their gradients of 64
@@ -47,7 +47,7 @@ pub(super) struct Step {
     pub dv_rows: *const *mut f32,
     /// dQᵀ, `d` rows of `w` to add to.
     pub dqt: *mut f32,
-    /// Log-sum-exp of each query, ∞ where a lane has no say; D = Σ dO·O.
+    /// Log-sum-exp of each query, ∞ where a lane has no say; D = Σ dO·O. With a sigmoid, less its bias and 0.
     pub lse: *const f32,
     pub delta: *const f32,
     /// `nk` masks, bit i for lane i; null when every lane sees every key.
@@ -57,6 +57,8 @@ pub(super) struct Step {
     /// Factor on q·k; with a softcap (`cap` not 0) the factor inside the tanh.
     pub factor: f32,
     pub cap: f32,
+    /// Whether weights are sigmoids.
+    pub sigmoid: bool,
     /// Room for KEY_TILE + KEY_PAD rows of `w`: scores, then P.
     pub s: *mut f32,
     /// The same: dP, then the gradient of q·k up to the scale.
@@ -96,8 +98,13 @@ unsafe fn gradients<S: Simd, const NV: usize, const PLAIN: bool>(t: &Step) {
                     S::fma(bent, cap, base)
                 }
             };
-            let mut p = exp2::<S>(S::mul(x, log2_e));
+            let x = S::mul(x, log2_e);
+            let logistic = !PLAIN && t.sigmoid;
+            let mut p = if logistic { logistic2::<S>(x) } else { exp2::<S>(x) };
             let mut ds = S::mul(p, S::sub(dp, delta[v]));
+            if logistic {
+                ds = S::mul(ds, S::sub(one, p));
+            }
             if !PLAIN {
                 // Both: a hidden key may hold anything.
                 let lanes = (bits >> (v * S::LANES)) as u32;
@@ -231,7 +238,7 @@ unsafe fn step_tiled<S: Simd, const R: usize, const NV: usize>(t: &Step) {
     let w = NV * S::LANES;
     all_scores::<S, R, NV>(t.nk, t.d, t.qt, t.k, t.s);
     all_scores::<S, R, NV>(t.nk, t.dv, t.dot, t.v, t.ds);
-    if t.masks.is_null() && t.bias.is_null() && t.cap == 0.0 && t.dbias.is_null() {
+    if t.masks.is_null() && t.bias.is_null() && t.cap == 0.0 && t.dbias.is_null() && !t.sigmoid {
         gradients::<S, NV, true>(t);
     } else {
         gradients::<S, NV, false>(t);

@@ -30,6 +30,30 @@ pub enum Bias<'a> {
     Dense(View<'a, f32>),
 }
 
+/// How scores become weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Normalizer {
+    /// e^s over its sum.
+    #[default]
+    Softmax,
+    /// 1 / (1 + e^−(s + bias)), each key by itself, of which there is no sum, hence no log-sum-exp and no
+    /// sinks (sigmoid attention: Ramapuram et al. 2024, arXiv 2409.04431; bias is −ln of the number of keys there).
+    Sigmoid {
+        /// Added to each score.
+        bias: f32,
+    },
+}
+
+impl Normalizer {
+    /// The bias of the sigmoid, if it is one.
+    pub(crate) fn sigmoid(self) -> Option<f32> {
+        match self {
+            Normalizer::Softmax => None,
+            Normalizer::Sigmoid { bias } => Some(bias),
+        }
+    }
+}
+
 /// Parameters of one attention call. Build with [`Attend::new`] and the chained setters.
 #[derive(Clone)]
 pub struct Attend<'a> {
@@ -45,6 +69,8 @@ pub struct Attend<'a> {
     pub sinks: Option<&'a [f32]>,
     /// Added to scores.
     pub bias: Option<Bias<'a>>,
+    /// How scores become weights.
+    pub normalizer: Normalizer,
     /// Visit only these blocks.
     pub table: Option<&'a BlockTable>,
     /// Instruction set.
@@ -61,6 +87,7 @@ impl<'a> Attend<'a> {
             softcap: None,
             sinks: None,
             bias: None,
+            normalizer: Normalizer::Softmax,
             table: None,
             isa: Isa::active(),
         }
@@ -85,6 +112,11 @@ impl<'a> Attend<'a> {
         self.bias = bias;
         self
     }
+    /// Set how scores become weights.
+    pub fn normalizer(mut self, normalizer: Normalizer) -> Self {
+        self.normalizer = normalizer;
+        self
+    }
     /// Set the instruction set.
     pub fn isa(mut self, isa: Isa) -> Self {
         self.isa = isa;
@@ -94,7 +126,7 @@ impl<'a> Attend<'a> {
     /// Run: q (B,H,Tq,D), k (B,Hkv,Tk,D), v (B,Hkv,Tk,Dv) into out (B,H,Tq,Dv) and,
     /// if given, `lse` (B,H,Tq contiguous; natural log; −∞ for a row that sees no key;
     /// of the weights as they are used: on AMX tiles they are rounded to bf16).
-    /// A row that sees no key is zero.
+    /// A row that sees no key is zero. With a sigmoid there is no log-sum-exp: asking for it is an error.
     pub fn run<T: Element>(
         &self,
         q: &View<T>,

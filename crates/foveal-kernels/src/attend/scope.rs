@@ -89,10 +89,31 @@ impl<'a> Scope<'a> {
                 same(op, "keys", "bias", x.shape[3], "k", tk)?;
             }
         }
+        if let (Some(_), Some(s)) = (p.normalizer.sigmoid(), p.sinks) {
+            return Err(KernelError::Param {
+                op,
+                name: "sinks",
+                value: format!("{} logits", s.len()),
+                remedy: "a sigmoid has no denominator for sinks; leave them out or use the softmax".into(),
+            });
+        }
         if let Some(s) = p.sinks {
             same(op, "heads", "sinks", s.len(), "q", h)?;
         }
         Ok(Self { p, source, tq, tk })
+    }
+
+    /// Refuse a log-sum-exp (`name`) where there is none.
+    pub(super) fn no_lse(&self, op: &'static str, name: &'static str, asked: bool) -> Result<()> {
+        if !asked || self.p.normalizer.sigmoid().is_none() {
+            return Ok(());
+        }
+        Err(KernelError::Param {
+            op,
+            name,
+            value: "asked for".into(),
+            remedy: "a sigmoid has no log-sum-exp; leave it out or use the softmax".into(),
+        })
     }
 
     /// Keys that query `i` may see by causality and window.

@@ -14,7 +14,7 @@
 // pointers of `Step` reach what its fields say.
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use crate::exp::{exp2, tanh};
+use crate::exp::{exp2, logistic2, tanh};
 use crate::isa::Isa;
 use crate::simd::{Portable, Simd};
 
@@ -58,6 +58,8 @@ pub(super) struct Step {
     pub bias: *const f32,
     /// Positive factor on scores inside the 2^x.
     pub c: f32,
+    /// With a sigmoid its bias times log₂ e; then `m` and `l` are not touched.
+    pub sigmoid: Option<f32>,
     /// Scratch for KEY_TILE + KEY_PAD rows of `w` scores.
     pub s: *mut f32,
     /// Oᵀ: `dv` rows of `w`.
@@ -208,6 +210,13 @@ unsafe fn softmax<S: Simd, const NV: usize>(t: &Step) -> [S::V; NV] {
             }
         }
     }
+    if let Some(bias) = t.sigmoid {
+        for i in 0..t.nk * NV {
+            let at = t.s.add(i * S::LANES);
+            S::store(at, logistic2::<S>(S::fma(S::load(at), S::splat(t.c), S::splat(bias))));
+        }
+        return [S::splat(1.0); NV];
+    }
     let mut old = [S::splat(0.0); NV];
     for v in 0..NV {
         old[v] = S::load(t.m.add(v * S::LANES));
@@ -331,6 +340,13 @@ unsafe fn step_few<S: Simd, const NQ: usize>(t: &Step) {
         for j in t.nk..end {
             *s.add(j) = f32::NEG_INFINITY;
         }
+        if let Some(bias) = t.sigmoid {
+            for j in (0..end).step_by(S::LANES) {
+                S::store(s.add(j), logistic2::<S>(S::fma(S::load(s.add(j)), S::splat(t.c), S::splat(bias))));
+            }
+            corr[r] = 1.0;
+            continue;
+        }
         let old = *t.m.add(r);
         let mut top = S::splat(old);
         for j in (0..end).step_by(S::LANES) {
@@ -443,6 +459,8 @@ pub(super) struct Finish<'a> {
     pub l: *const f32,
     /// Positive factor on scores inside the e^x.
     pub unit: f32,
+    /// Whether rows are divided by their sums, as they are unless weights are sigmoids.
+    pub summed: bool,
     /// Sink logit.
     pub sink: Option<f32>,
     /// Output rows.
@@ -455,6 +473,9 @@ pub(super) struct Finish<'a> {
 #[inline(always)]
 unsafe fn factors(f: &Finish) -> [f32; MAX_STRIP] {
     let mut factor = [0f32; MAX_STRIP];
+    if !f.summed {
+        return [1.0; MAX_STRIP];
+    }
     for i in 0..f.rows.len() {
         let l = *f.l.add(i);
         // Rounded once, at the end: the backward pass takes e^(s − lse) at logits in the thousands.
