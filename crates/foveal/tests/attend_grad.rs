@@ -2,7 +2,7 @@
 //! same attention composed of candle operations.
 
 use candle_core::{D, DType, Device, Tensor, Var};
-use foveal::prim::{AttendOptions, attend, attend_indexed, attend_selected, merge};
+use foveal::prim::{AttendOptions, Normalizer, attend, attend_indexed, attend_selected, merge};
 use foveal::sparse::HeadSelection;
 use foveal_kernels::{BlockTable, HeadKeys, HeadTable, KeyLists};
 use std::f32::consts::TAU;
@@ -82,6 +82,7 @@ fn masks_and_options() {
         AttendOptions::causal(),
         AttendOptions { window: Some(5), ..AttendOptions::causal() },
         AttendOptions { softcap: Some(1.5), scale: Some(0.9), ..AttendOptions::causal() },
+        AttendOptions { normalizer: Normalizer::Sigmoid { bias: -3.0 }, ..AttendOptions::causal() },
         AttendOptions { sinks: Some(vec![0.3, -1.0, 0.0, 2.0]), ..AttendOptions::causal() },
     ];
     for o in options {

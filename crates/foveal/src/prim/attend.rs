@@ -14,8 +14,8 @@ use crate::prim::tensor::{AnyView, cpu_view, rows, view};
 use crate::sparse::HeadSelection;
 use candle_core::{CpuStorage, CustomOp3, Device, Layout, Shape, Tensor};
 use foveal_kernels::{
-    Attend, AttendGrads, BlockTable, Element, HeadKeys, HeadTable, Isa, KeyLists, Upstream, View, ViewMut, Work,
-    attend_indexed as indexed_kernel, attend_indexed_backward as indexed_backward, merge_row,
+    Attend, AttendGrads, BlockTable, Element, HeadKeys, HeadTable, Isa, KeyLists, Normalizer, Upstream, View, ViewMut,
+    Work, attend_indexed as indexed_kernel, attend_indexed_backward as indexed_backward, merge_row,
 };
 
 /// Options of one attention call.
@@ -31,6 +31,8 @@ pub struct AttendOptions {
     pub softcap: Option<f32>,
     /// One logit per query head added to the denominator.
     pub sinks: Option<Vec<f32>>,
+    /// Softmax, or a sigmoid of each score (no sinks then, and no log-sum-exp: `Attended::lse` is NaN).
+    pub normalizer: Normalizer,
     /// Instruction set; `None` = the best there is.
     pub isa: Option<Isa>,
 }
@@ -47,7 +49,7 @@ impl AttendOptions {
 pub struct Attended {
     /// f32 (B, H, Tq, Dv), in (B, Tq, H, Dv) memory.
     pub out: Tensor,
-    /// f32 (B, H, Tq), natural log; −∞ for rows that see no key.
+    /// f32 (B, H, Tq), natural log; −∞ for rows that see no key, NaN under a sigmoid.
     pub lse: Tensor,
     /// Work done.
     pub work: Work,
@@ -171,6 +173,7 @@ fn parameters(o: &AttendOptions, d: usize) -> Attend<'_> {
     let mut p = Attend::new(o.scale.unwrap_or(1.0 / (d.max(1) as f32).sqrt())).causal(o.causal).window(o.window);
     p.softcap = o.softcap;
     p.sinks = o.sinks.as_deref();
+    p.normalizer = o.normalizer;
     if let Some(isa) = o.isa {
         p.isa = isa;
     }
@@ -187,10 +190,16 @@ fn forward<T: Element>(
     let p = parameters(o, q.shape[3]);
     let shape = [q.shape[0], q.shape[1], q.shape[2], v.shape[3]];
     let mut out = ViewMut::new("out", out, shape, strides(shape))?;
+    let lse = if o.normalizer == Normalizer::Softmax {
+        Some(lse)
+    } else {
+        lse.fill(f32::NAN);
+        None
+    };
     Ok(match what {
-        What::Blocks(t) => p.table(t).run(q, k, v, &mut out, Some(lse)),
-        What::Lists(l) => indexed_kernel(&p, l, q, k, v, &mut out, Some(lse)),
-        What::Both(t, l) => indexed_kernel(&p.table(Some(t)), l, q, k, v, &mut out, Some(lse)),
+        What::Blocks(t) => p.table(t).run(q, k, v, &mut out, lse),
+        What::Lists(l) => indexed_kernel(&p, l, q, k, v, &mut out, lse),
+        What::Both(t, l) => indexed_kernel(&p.table(Some(t)), l, q, k, v, &mut out, lse),
     }?)
 }
 
@@ -273,12 +282,13 @@ impl Tracked {
         let p = parameters(&self.options, q.shape[3]);
         let shape = [q.shape[0], q.shape[1], q.shape[2], v.shape[3]];
         let n = shape.iter().product();
+        let softmax = self.options.normalizer == Normalizer::Softmax;
         let ((out, lse), (dout, dlse)) = (result.split_at(n), dresult.split_at(n));
         let up = Upstream {
             out: &View::new("out", out, shape, strides(shape))?,
-            lse,
+            lse: if softmax { lse } else { &[] },
             dout: &View::new("dout", dout, shape, strides(shape))?,
-            dlse: Some(dlse),
+            dlse: softmax.then_some(dlse),
         };
         let mut g = [q.shape, k.shape, v.shape].map(|s| vec![0f32; s.iter().product()]);
         let [dq, dk, dv] = &mut g;

@@ -14,4 +14,5 @@ pub(crate) mod tensor;
 pub use attend::{AttendOptions, Attended, attend, attend_indexed, attend_selected, merge};
 pub use conv::{Convolved, damped_ema, long_conv, short_conv};
 pub use feature::{FeatureOptions, feature_attend};
+pub use foveal_kernels::Normalizer;
 pub use foveal_kernels::conv::Boundary;
