@@ -13,8 +13,8 @@ pub(crate) enum Reason {
     AttendFewQueries = 2,
     /// Attention on AMX tiles knows the softmax only.
     AttendSigmoid = 8,
-    /// The backward pass of attention has no tiles yet.
-    AttendBackward = 16,
+    /// The gradient of a dense bias is taken from scores in f32.
+    AttendBiasGradient = 16,
     /// Linear layers in int8 want AVX-512 VNNI and finite inputs.
     LinearInteger = 4,
 }
@@ -33,8 +33,8 @@ impl Reason {
             Reason::AttendSigmoid => {
                 "bf16 attention with a sigmoid runs in f32, not on AMX tiles; the softmax runs on tiles"
             }
-            Reason::AttendBackward => {
-                "the backward pass of bf16 attention runs in f32, not on AMX tiles, which have none yet"
+            Reason::AttendBiasGradient => {
+                "the backward pass of bf16 attention runs in f32, not on AMX tiles, where the gradient of a bias is asked for"
             }
             Reason::LinearInteger => {
                 "an int8 linear layer runs on floating point: the integer path needs AVX-512 VNNI and finite inputs"

@@ -36,6 +36,18 @@ fn call<T: Element>(
     lists: Option<&KeyLists>,
     dlse: bool,
 ) -> (Grads, Vec<f32>, Work) {
+    call_for(s, x, p, lists, dlse, true)
+}
+
+/// The same; whether to `ask` for the gradient of a bias, which the path on tiles does not give.
+fn call_for<T: Element>(
+    s: Shape,
+    x: &Data<T>,
+    p: &Attend,
+    lists: Option<&KeyLists>,
+    dlse: bool,
+    ask: bool,
+) -> (Grads, Vec<f32>, Work) {
     let [q, k, v] = views(s, x);
     let (dout, dl) = upstream(s);
     let shape = [s.b, s.h, s.tq, s.dv];
@@ -58,12 +70,13 @@ fn call<T: Element>(
         poison(s.b * s.h * s.tq * s.tk),
     ];
     let [dq, dk, dv, dsinks, dbias] = &mut g;
+    let mut dbias = ViewMut::contiguous("dbias", dbias, [s.b, s.h, s.tq, s.tk]).unwrap();
     let grads = AttendGrads {
         dq: &mut ViewMut::contiguous("dq", dq, q.shape).unwrap(),
         dk: &mut ViewMut::contiguous("dk", dk, k.shape).unwrap(),
         dv: &mut ViewMut::contiguous("dv", dv, v.shape).unwrap(),
         dsinks: p.sinks.is_some().then_some(dsinks.as_mut_slice()),
-        dbias: Some(&mut ViewMut::contiguous("dbias", dbias, [s.b, s.h, s.tq, s.tk]).unwrap()),
+        dbias: ask.then_some(&mut dbias),
     };
     let up = Upstream {
         out: &View::contiguous("out", &out, shape).unwrap(),
@@ -201,6 +214,15 @@ fn check_as<T: Element>(
         for (i, name) in NAMES.into_iter().enumerate() {
             let (err, bound) = (worst(got[i].iter().map(|&x| f64::from(x)), &want[i]), bounds[i]);
             assert!(err <= bound, "{isa} {} {s:?}: error of {name} {err:e} over {bound:e}", T::NAME);
+        }
+        if T::NAME == "bf16" && isa == Isa::Amx {
+            let (tiles, _, on_tiles) = call_for(s, &x, &p.clone().isa(isa), lists, dlse, false);
+            for (i, name) in NAMES.into_iter().enumerate().take(4) {
+                let (err, bound) = (worst(tiles[i].iter().map(|&x| f64::from(x)), &want[i]), bounds[i]);
+                assert!(err <= bound, "tiles {s:?}: error of {name} {err:e} over {bound:e}");
+            }
+            assert_eq!(on_tiles, Work { fallback: 0, ..w });
+            assert_eq!(w.fallback, w.flops);
         }
         let w = Work { fallback: 0, ..w };
         assert_eq!(*work.get_or_insert(w), w, "{isa}: work differs");

@@ -31,34 +31,34 @@ use std::ops::Range;
 /// Keys of a tile: a multiple of 32. Four times that many bytes times [`STRIP`] are the scores.
 pub(super) const KEYS: usize = 256;
 /// Bytes of a row, rows, and bytes of an AMX tile.
-const LINE: usize = 64;
-const ROWS: usize = 16;
-const TILE: usize = LINE * ROWS;
+pub(super) const LINE: usize = 64;
+pub(super) const ROWS: usize = 16;
+pub(super) const TILE: usize = LINE * ROWS;
 /// Queries of a strip: what stays in tiles while its keys go by.
-const STRIP: usize = 32;
+pub(super) const STRIP: usize = 32;
 
 /// Operands of one product of up to 2 × 2 tiles, C = Σ A·B over `steps`; all distances in bytes.
-struct Product {
-    steps: usize,
+pub(super) struct Product {
+    pub(super) steps: usize,
     /// Where A lies: its start with a distance from step to step, or (`LIST`) one start a step
     /// and a distance common to all.
-    a: *const u8,
-    a_list: *const *const u8,
-    a_step: usize,
+    pub(super) a: *const u8,
+    pub(super) a_list: *const *const u8,
+    pub(super) a_step: usize,
     /// From the first row tile of A to the second.
-    a_next: usize,
-    a_line: usize,
+    pub(super) a_next: usize,
+    pub(super) a_line: usize,
     /// The second column tile of B (and of C) lies 64 bytes on.
-    b: *const u8,
-    b_step: usize,
-    b_line: usize,
-    c: *mut u8,
-    c_line: usize,
+    pub(super) b: *const u8,
+    pub(super) b_step: usize,
+    pub(super) b_line: usize,
+    pub(super) c: *mut u8,
+    pub(super) c_line: usize,
 }
 
 /// C = [C +] Σ A·B with one or two row tiles (`A2`) and column tiles (`B2`).
 #[inline(always)]
-unsafe fn product<const ADD: bool, const LIST: bool, const A2: bool, const B2: bool>(p: &Product) {
+pub(super) unsafe fn product<const ADD: bool, const LIST: bool, const A2: bool, const B2: bool>(p: &Product) {
     // Tiles 0..=3 are C, 4 and 5 A, 6 and 7 B; nobody else uses any between these statements.
     macro_rules! tile {
         ($op:literal, $p:expr, $line:expr) => {
@@ -434,7 +434,7 @@ unsafe fn visit(t: &Visit) {
 
 /// Transpose `rows` of `n` u32 (a multiple of 16) into `n` rows of `w`, lanes past the rows zero.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn pack_pairs(rows: &[*const u32], n: usize, w: usize, to: *mut u32) {
+pub(super) unsafe fn pack_pairs(rows: &[*const u32], n: usize, w: usize, to: *mut u32) {
     for i in (0..w).step_by(16) {
         for c in (0..n).step_by(16) {
             let mut x = [_mm512_setzero_si512(); 16];
@@ -451,7 +451,7 @@ unsafe fn pack_pairs(rows: &[*const u32], n: usize, w: usize, to: *mut u32) {
 
 /// Vᵀ of up to 32 rows as tiles of 16 channels; missing rows and channels are zero.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn pack_values(rows: &[*const u16], dv: usize, to: *mut u8) {
+pub(super) unsafe fn pack_values(rows: &[*const u16], dv: usize, to: *mut u8) {
     for i in 0..dv.div_ceil(16) {
         let some = if dv - i * 16 >= 16 { 0xffff } else { (1u16 << (dv - i * 16)) - 1 };
         let row = |j: usize| match rows.get(j) {
@@ -477,7 +477,7 @@ fn length(row: &[bf16]) -> f32 {
 
 /// Copy a row of `n` to one of `padded`, zero beyond.
 #[inline(always)]
-unsafe fn pad_row(from: *const u16, n: usize, padded: usize, to: *mut u16) {
+pub(super) unsafe fn pad_row(from: *const u16, n: usize, padded: usize, to: *mut u16) {
     std::ptr::copy_nonoverlapping(from, to, n);
     std::ptr::write_bytes(to.add(n), 0, padded - n);
 }

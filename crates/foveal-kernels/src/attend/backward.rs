@@ -63,27 +63,30 @@ const WIDTH: usize = 32;
 const MAX_ROWS: usize = 192;
 
 /// What a worker keeps between cells.
-struct Scratch {
+pub(super) struct Scratch {
     /// Q, dO, and the same transposed in strips; dQᵀ in strips.
-    q: Buf,
-    dout: Buf,
-    qt: Buf,
-    dot: Buf,
-    dqt: Buf,
+    pub(super) q: Buf,
+    pub(super) dout: Buf,
+    pub(super) qt: Buf,
+    pub(super) dot: Buf,
+    pub(super) dqt: Buf,
     /// Rows of dQ once they are whole.
-    dq: Buf,
-    stat: Buf,
-    s: Buf,
-    ds: Buf,
-    bias: Buf,
-    dbias: Buf,
-    wide_k: Buf,
-    wide_v: Buf,
+    pub(super) dq: Buf,
+    pub(super) stat: Buf,
+    pub(super) s: Buf,
+    pub(super) ds: Buf,
+    pub(super) bias: Buf,
+    pub(super) dbias: Buf,
+    pub(super) wide_k: Buf,
+    pub(super) wide_v: Buf,
     /// dK and dV of the cell.
-    dk: Buf,
-    dv: Buf,
-    listed: Listed,
-    masks: [u64; MASKS],
+    pub(super) dk: Buf,
+    pub(super) dv: Buf,
+    /// P and dS in bf16, and a tile of keys with its sums, for the path on AMX tiles.
+    pub(super) narrow: Buf,
+    pub(super) tile: Buf,
+    pub(super) listed: Listed,
+    pub(super) masks: [u64; MASKS],
 }
 
 impl Scratch {
@@ -105,28 +108,45 @@ impl Scratch {
             wide_v: b(),
             dk: b(),
             dv: b(),
+            narrow: b(),
+            tile: b(),
             listed: Listed::default(),
             masks: [0; MASKS],
         }
     }
 }
 
+/// Rows of K and V of a key (null on tiles), and of its sums.
+pub(super) struct Pointers {
+    k: *const f32,
+    v: *const f32,
+    pub(super) dk: *mut f32,
+    pub(super) dv: *mut f32,
+}
+
 /// One call, shared by its cells.
-struct Call<'a, T> {
-    scope: Scope<'a>,
-    kernels: &'static Kernels,
-    isa: Isa,
-    q: &'a View<'a, T>,
-    k: &'a View<'a, T>,
-    v: &'a View<'a, T>,
-    dout: &'a View<'a, f32>,
-    lse: &'a [f32],
+pub(super) struct Call<'a, T> {
+    pub(super) scope: Scope<'a>,
+    pub(super) kernels: &'static Kernels,
+    pub(super) isa: Isa,
+    pub(super) q: &'a View<'a, T>,
+    pub(super) k: &'a View<'a, T>,
+    pub(super) v: &'a View<'a, T>,
+    pub(super) dout: &'a View<'a, f32>,
+    pub(super) lse: &'a [f32],
     /// Σ dO·O less the gradient of the log-sum-exp, a query; none with a sigmoid.
-    delta: Vec<f32>,
-    dq: Rows<'a, f32>,
-    dk: Rows<'a, f32>,
-    dv: Rows<'a, f32>,
-    dbias: Option<Rows<'a, f32>>,
+    pub(super) delta: Vec<f32>,
+    pub(super) dq: Rows<'a, f32>,
+    pub(super) dk: Rows<'a, f32>,
+    pub(super) dv: Rows<'a, f32>,
+    pub(super) dbias: Option<Rows<'a, f32>>,
+}
+
+/// `half::bf16::from_f32` and back, without its branches.
+fn nearest_bf16(x: f32) -> f32 {
+    let bits = x.to_bits();
+    let rounded = f32::from_bits(bits.wrapping_add(0x7fff + (bits >> 16 & 1)) & 0xffff_0000);
+    if x.is_nan() { x } else { rounded }
 }
 
 fn same_shape(op: &'static str, left: &'static str, l: [usize; 4], right: &'static str, r: [usize; 4]) -> Result<()> {
@@ -203,15 +223,11 @@ pub(crate) fn run<T: Element>(
     if [b, h, tq, tk, d].contains(&0) {
         return Ok(Work::default());
     }
-    let slower = TypeId::of::<T>() == TypeId::of::<bf16>() && isa == Isa::Amx;
-    if slower {
-        tell(Reason::AttendBackward);
-    }
     let pool = Mutex::new(Vec::new());
     let size = *CELLS.iter().find(|&&n| b * hkv * tq.max(tk).div_ceil(n) >= WIDTH).unwrap_or(&CELLS[2]);
     let (nq, nk) = (tq.div_ceil(size), tk.div_ceil(size));
     let part = |i: usize, t: usize| i * size..((i + 1) * size).min(t);
-    let work: Work = (0..b * hkv)
+    Ok((0..b * hkv)
         .into_par_iter()
         .with_max_len(1)
         .map(|bk| {
@@ -237,8 +253,7 @@ pub(crate) fn run<T: Element>(
             }
             work
         })
-        .sum();
-    Ok(if slower { work.on_slower_path() } else { work })
+        .sum())
 }
 
 impl<T: Element> Call<'_, T> {
@@ -266,13 +281,28 @@ impl<T: Element> Call<'_, T> {
         let [b, h, tq, _] = self.q.shape;
         let dv = self.v.shape[3];
         let mut delta = vec![0f32; b * h * tq];
-        delta.par_iter_mut().with_min_len(64).enumerate().for_each(|(r, x)| {
-            let (bi, hi, i) = (r / (h * tq), r / tq % h, r % tq);
-            let (o, g) = (out.row(bi, hi, i), self.dout.row(bi, hi, i));
-            // SAFETY: rows of dv elements; `isa` is at most what the machine has.
-            let sum = unsafe { grad::dot(self.isa, o.as_ptr(), g.as_ptr(), dv) };
-            *x = sum - dlse.map_or(0.0, |d| d[r]);
-        });
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        let tiles = self.on_tiles().is_some();
+        #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+        let tiles = false;
+        let rows = delta.par_iter_mut().with_min_len(64).enumerate();
+        rows.for_each_init(
+            || vec![0f32; dv],
+            |rounded, (r, x)| {
+                let (bi, hi, i) = (r / (h * tq), r / tq % h, r % tq);
+                let (o, mut g) = (out.row(bi, hi, i), self.dout.row(bi, hi, i));
+                if tiles {
+                    // What dP is made of: where one key takes all, dP − D cancels only if both are.
+                    for (to, &x) in rounded.iter_mut().zip(g) {
+                        *to = nearest_bf16(x);
+                    }
+                    g = rounded;
+                }
+                // SAFETY: rows of dv elements; `isa` is at most what the machine has.
+                let sum = unsafe { grad::dot(self.isa, o.as_ptr(), g.as_ptr(), dv) };
+                *x = sum - dlse.map_or(0.0, |d| d[r]);
+            },
+        );
         delta
     }
 
@@ -307,14 +337,22 @@ impl<T: Element> Call<'_, T> {
             std::slice::from_raw_parts_mut(dk, keys.len() * dp).fill(0.0);
             std::slice::from_raw_parts_mut(dv_sums, keys.len() * dvp).fill(0.0);
         }
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        let tiles = self.on_tiles().is_some();
+        #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+        let tiles = false;
         let pointers: Vec<_> = keys
             .clone()
             .enumerate()
             // SAFETY: row x of room for all keys.
             .map(|(x, j)| unsafe {
-                let k = wide(self.kernels, self.k.row(bi, kh, j), wide_k.add(x * d));
-                let v = wide(self.kernels, self.v.row(bi, kh, j), wide_v.add(x * dv));
-                (k, v, dk.add(x * dp), dv_sums.add(x * dvp))
+                let (k, v) = if tiles {
+                    (null(), null())
+                } else {
+                    let k = wide(self.kernels, self.k.row(bi, kh, j), wide_k.add(x * d));
+                    (k, wide(self.kernels, self.v.row(bi, kh, j), wide_v.add(x * dv)))
+                };
+                Pointers { k, v, dk: dk.add(x * dp), dv: dv_sums.add(x * dvp) }
             })
             .collect();
         let mut work = Work::default();
@@ -328,7 +366,7 @@ impl<T: Element> Call<'_, T> {
             }
         }
         if work.pairs > 0 {
-            for (&(_, _, from_k, from_v), j) in pointers.iter().zip(keys) {
+            for (&Pointers { dk: from_k, dv: from_v, .. }, j) in pointers.iter().zip(keys) {
                 // SAFETY: in this round only this cell has these rows; `from` are rows of at least d and dv;
                 // `isa` is at most what the machine has.
                 unsafe {
@@ -350,7 +388,7 @@ impl<T: Element> Call<'_, T> {
         [bi, hi]: [usize; 2],
         rows: Range<usize>,
         part: &Range<usize>,
-        pointers: &[(*const f32, *const f32, *mut f32, *mut f32)],
+        pointers: &[Pointers],
     ) -> Work {
         let h = self.q.shape[1];
         let (d, dv) = (self.q.shape[3], self.v.shape[3]);
@@ -363,7 +401,16 @@ impl<T: Element> Call<'_, T> {
         // Rows of K and V, sums for dK and dV in and out; q, dout, dq in and out.
         work.bytes = keys * ((d + dv) * (size + 8)) as u64 + (rows.len() * (d * (size + 8) + dv * 4)) as u64;
 
-        let sigmoid = self.scope.p.normalizer.sigmoid();
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if self.wants_tiles() {
+            if let Some(same) = self.on_tiles() {
+                // SAFETY: a call on tiles is on a machine with AMX.
+                unsafe { same.rows_amx(s, [bi, hi], rows, part, pointers) };
+                return work;
+            }
+            tell(if self.dbias.is_some() { Reason::AttendBiasGradient } else { Reason::AttendSigmoid });
+            work = work.on_slower_path();
+        }
         let lanes = self.kernels.lanes;
         let full = lanes * self.kernels.vecs;
         let n = rows.len();
@@ -399,23 +446,10 @@ impl<T: Element> Call<'_, T> {
                 (self.kernels.pack)(&at(q, dp, i)[..b - i], d, 1.0, w, qt.add(i * d));
                 (self.kernels.pack)(&at(dout, dvp, i)[..b - i], dv, 1.0, w, dot.add(i * dv));
             }
-            let first = (bi * h + hi) * self.scope.tq + rows.start;
-            for x in 0..padded {
-                // A row that sees nothing, and a lane without a row, has weights of e^−∞.
-                let (lse, delta) = match sigmoid {
-                    _ if x >= n => (f32::INFINITY, 0.0),
-                    Some(bias) => (-bias, 0.0),
-                    None => (self.lse[first + x], self.delta[first + x]),
-                };
-                *stat.add(x) = if lse == f32::NEG_INFINITY { f32::INFINITY } else { lse };
-                *stat.add(padded + x) = delta;
-            }
+            self.statistics(stat, [bi, hi], &rows, padded);
             std::slice::from_raw_parts_mut(dqt, padded * d).fill(0.0);
         }
-        let (factor, cap) = match self.scope.p.softcap {
-            Some(cap) => (self.scope.p.scale / cap, cap),
-            None => (self.scope.p.scale, 0.0),
-        };
+        let (factor, cap) = self.factors();
 
         let mut k_rows = [null(); KEY_TILE + KEY_PAD];
         let mut v_rows = [null(); KEY_TILE + KEY_PAD];
@@ -423,7 +457,8 @@ impl<T: Element> Call<'_, T> {
         for keys in s.listed.keys.chunks(KEY_TILE).zip((0..).step_by(KEY_TILE)) {
             let (keys, at) = keys;
             for (x, &j) in keys.iter().enumerate() {
-                (k_rows[x], v_rows[x], dk_rows[x], dv_rows[x]) = pointers[j as usize - part.start];
+                let p = &pointers[j as usize - part.start];
+                (k_rows[x], v_rows[x], dk_rows[x], dv_rows[x]) = (p.k, p.v, p.dk, p.dv);
             }
             let (k_pad, v_pad) = (k_rows[keys.len() - 1], v_rows[keys.len() - 1]);
             k_rows[keys.len()..keys.len() + KEY_PAD].fill(k_pad);
@@ -471,7 +506,7 @@ impl<T: Element> Call<'_, T> {
                         bias,
                         factor,
                         cap,
-                        sigmoid: sigmoid.is_some(),
+                        sigmoid: self.scope.p.normalizer.sigmoid().is_some(),
                         s: scores,
                         ds,
                         dbias,
@@ -491,20 +526,81 @@ impl<T: Element> Call<'_, T> {
             }
         }
 
-        // SAFETY: dQᵀ of a strip is d rows of w; room for w rows of dp; in this round only this cell has
-        // these rows of dq.
-        unsafe {
-            for i in (0..n).step_by(full) {
-                let (b, w) = strips(i);
-                let lines: Vec<_> = (0..d).map(|c| dqt.add(i * d + c * w).cast_const()).collect();
-                let dq = s.dq.at_least(w * dp);
-                (self.kernels.pack)(&lines, w, self.scope.p.scale, dp, dq);
-                for x in 0..b - i {
-                    let to = self.dq.row_mut(bi, hi, rows.start + i + x);
-                    grad::add_scaled(self.isa, dq.add(x * dp), d, 1.0, to.as_mut_ptr());
-                }
-            }
+        for i in (0..n).step_by(full) {
+            let (b, w) = strips(i);
+            // SAFETY: dQᵀ of a strip is d rows of w; in this round only this cell has these rows of dq.
+            unsafe { self.add_to_dq(&mut s.dq, [bi, hi], rows.start + i..rows.start + b, dqt.add(i * d), w) };
         }
         work
+    }
+
+    /// Log-sum-exp of each of `rows` and, after `padded` of those, D: as `grad` wants them.
+    ///
+    /// # Safety
+    /// `to` has room for twice `padded`.
+    pub(super) unsafe fn statistics(&self, to: *mut f32, [bi, hi]: [usize; 2], rows: &Range<usize>, padded: usize) {
+        let first = (bi * self.q.shape[1] + hi) * self.scope.tq + rows.start;
+        for x in 0..padded {
+            // A row that sees nothing, and a lane without a row, has weights of e^−∞.
+            let (lse, delta) = match self.scope.p.normalizer.sigmoid() {
+                _ if x >= rows.len() => (f32::INFINITY, 0.0),
+                Some(bias) => (-bias, 0.0),
+                None => (self.lse[first + x], self.delta[first + x]),
+            };
+            // SAFETY: by the contract.
+            unsafe {
+                *to.add(x) = if lse == f32::NEG_INFINITY { f32::INFINITY } else { lse };
+                *to.add(padded + x) = delta;
+            }
+        }
+    }
+
+    /// Factor on q·k (with a softcap inside the tanh) and the cap, or 0.
+    pub(super) fn factors(&self) -> (f32, f32) {
+        match self.scope.p.softcap {
+            Some(cap) => (self.scope.p.scale / cap, cap),
+            None => (self.scope.p.scale, 0.0),
+        }
+    }
+
+    /// Add dQᵀ of a strip, rows of `w`, times the scale to `rows` of dq.
+    ///
+    /// # Safety
+    /// `dqt` are as many rows as dq is wide, and no other task has these rows of dq now.
+    pub(super) unsafe fn add_to_dq(
+        &self,
+        room: &mut Buf,
+        [bi, hi]: [usize; 2],
+        rows: Range<usize>,
+        dqt: *const f32,
+        w: usize,
+    ) {
+        let d = self.q.shape[3];
+        let dp = d.next_multiple_of(self.kernels.lanes);
+        let dq = room.at_least(w * dp);
+        // SAFETY: by the contract; room for w rows of dp; `isa` is at most what the machine has.
+        unsafe {
+            let lines: Vec<_> = (0..d).map(|c| dqt.add(c * w)).collect();
+            (self.kernels.pack)(&lines, w, self.scope.p.scale, dp, dq);
+            for (x, i) in rows.enumerate() {
+                let to = self.dq.row_mut(bi, hi, i);
+                grad::add_scaled(self.isa, dq.add(x * dp), d, 1.0, to.as_mut_ptr());
+            }
+        }
+    }
+
+    /// This call as one that runs on AMX tiles, if it does.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    fn on_tiles(&self) -> Option<&Call<'_, bf16>> {
+        if !self.wants_tiles() || self.scope.p.normalizer.sigmoid().is_some() || self.dbias.is_some() {
+            return None;
+        }
+        // SAFETY: T is bf16, so the types are one.
+        Some(unsafe { &*std::ptr::from_ref(self).cast::<Call<'_, bf16>>() })
+    }
+
+    /// Whether AMX tiles were asked for.
+    fn wants_tiles(&self) -> bool {
+        TypeId::of::<T>() == TypeId::of::<bf16>() && self.isa == Isa::Amx
     }
 }

@@ -67,6 +67,48 @@ pub(super) struct Step {
     pub dbias: *mut f32,
 }
 
+impl Step {
+    /// No keys, no operands: for those who need only some.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    pub(super) fn none() -> Self {
+        use std::ptr::{null, null_mut};
+        Step {
+            nv: 0,
+            nq: 0,
+            d: 0,
+            dv: 0,
+            dp: 0,
+            dvp: 0,
+            nk: 0,
+            qt: null(),
+            dot: null(),
+            q: null(),
+            dout: null(),
+            k: null(),
+            v: null(),
+            dk: null(),
+            dv_rows: null(),
+            dqt: null_mut(),
+            lse: null(),
+            delta: null(),
+            masks: null(),
+            bias: null(),
+            factor: 0.0,
+            cap: 0.0,
+            sigmoid: false,
+            s: null_mut(),
+            ds: null_mut(),
+            dbias: null_mut(),
+        }
+    }
+
+    /// Whether nothing but e^ stands between scores and weights.
+    #[inline(always)]
+    fn plain(&self) -> bool {
+        self.masks.is_null() && self.bias.is_null() && self.cap == 0.0 && self.dbias.is_null() && !self.sigmoid
+    }
+}
+
 /// Scores to P and dP to dS, in place.
 #[inline(always)]
 unsafe fn gradients<S: Simd, const NV: usize, const PLAIN: bool>(t: &Step) {
@@ -233,12 +275,22 @@ unsafe fn outer_all<S: Simd>(
     }
 }
 
+/// [`gradients`] of strips of two vectors.
+#[inline(always)]
+pub(super) unsafe fn gradients_of_two<S: Simd>(t: &Step) {
+    if t.plain() {
+        gradients::<S, 2, true>(t);
+    } else {
+        gradients::<S, 2, false>(t);
+    }
+}
+
 #[inline(always)]
 unsafe fn step_tiled<S: Simd, const R: usize, const NV: usize>(t: &Step) {
     let w = NV * S::LANES;
     all_scores::<S, R, NV>(t.nk, t.d, t.qt, t.k, t.s);
     all_scores::<S, R, NV>(t.nk, t.dv, t.dot, t.v, t.ds);
-    if t.masks.is_null() && t.bias.is_null() && t.cap == 0.0 && t.dbias.is_null() && !t.sigmoid {
+    if t.plain() {
         gradients::<S, NV, true>(t);
     } else {
         gradients::<S, NV, false>(t);

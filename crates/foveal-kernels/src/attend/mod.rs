@@ -7,6 +7,8 @@
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
 pub(crate) mod backward;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod backward_amx;
 pub(crate) mod drive;
 mod grad;
 mod scope;
@@ -143,7 +145,8 @@ impl<'a> Attend<'a> {
     /// Gradients of [`Attend::run`] with the same parameters and operands, from what it returned and the
     /// gradients of a loss in that: exact, in memory linear in tokens, the same whatever the threads.
     ///
-    /// Sums are f32, over 32 bits of bf16 operands too. A row that sees no key (log-sum-exp −∞) gives and
+    /// Sums are f32. Of bf16 operands on AMX tiles, what enters a product is rounded to bf16: `dout`, weights, and
+    /// gradients of scores; elsewhere they are widened. A row that sees no key (log-sum-exp −∞) gives and
     /// gets zero. Work counts five products a visited pair.
     pub fn backward<T: Element>(
         &self,
