@@ -139,7 +139,9 @@ impl<'m> Session<'m> {
         let begin = Instant::now();
         let x = self.model.embed(tokens)?;
         self.broken = true;
-        let done = self.run(x, tokens.len(), begin)?;
+        // On a thread of the pool: from outside, each of some hundred parallel calls of a step would put this
+        // thread to sleep and wake it again.
+        let done = rayon::scope(|_| self.run(x, tokens.len(), begin))?;
         self.broken = false;
         self.len += tokens.len();
         Ok(done)

@@ -19,7 +19,7 @@ use crate::prim::kv::RowStore;
 use crate::prim::select::topk;
 use crate::system::{Card, Config, Family, Law, Params, Slot, System, configure, params_of};
 use foveal_kernels::decode::{Decode, Segment};
-use foveal_kernels::{Attend, View, ViewMut, Work, merge_row};
+use foveal_kernels::{Work, merge_row};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -278,25 +278,23 @@ impl Layer {
     }
 }
 
-/// Dense attention of stacked query heads over contiguous keys and values; output and lse.
+/// Dense attention of stacked query heads over contiguous keys and values, on bf16 tiles if `low`; output
+/// and lse.
 fn attend(
-    scale: f32,
-    causal: bool,
+    (scale, causal, low): (f32, bool, bool),
     q: &[f32],
-    [heads, rows, dk]: [usize; 3],
+    shape: [usize; 4],
     k: &[f32],
     v: &[f32],
-    keys: usize,
-    dv: usize,
 ) -> Result<(Vec<f32>, Vec<f32>, Work)> {
+    let [heads, rows, _, dv] = shape;
     let (mut out, mut lse) = (vec![0f32; heads * rows * dv], vec![f32::NEG_INFINITY; heads * rows]);
-    let work = Attend::new(scale).causal(causal).run(
-        &View::contiguous("q", q, [1, heads, rows, dk])?,
-        &View::contiguous("k", k, [1, 1, keys, dk])?,
-        &View::contiguous("v", v, [1, 1, keys, dv])?,
-        &mut ViewMut::contiguous("out", &mut out, [1, heads, rows, dv])?,
-        Some(&mut lse),
-    )?;
+    let work = if low {
+        let [q, k, v] = [q, k, v].map(batch::to_bf16);
+        batch::Rows { scale, causal, window: None, shape, k: &k, v: &v }.attend(&q, None, &mut out, &mut lse)?
+    } else {
+        batch::Rows { scale, causal, window: None, shape, k, v }.attend(q, None, &mut out, &mut lse)?
+    };
     Ok((out, lse, work))
 }
 
@@ -345,7 +343,7 @@ impl LayerCache for Layer {
         }
         // f32 mirrors of the stores, read once for the whole step: narrow keys, recent keys from
         // token `start` on, values from token 0 on.
-        let start = self.boundary();
+        let (start, low) = (self.boundary(), batch::on_tiles(&self.ctx));
         let mut mirrors: Vec<[Vec<f32>; 3]> = self
             .heads
             .par_iter()
@@ -379,11 +377,11 @@ impl LayerCache for Layer {
                     let q = batch::stack_rows(s.q, g, group, n, d, i..i + rows);
                     let recent = (&kr[(before - start) * d..], &v[before * d..total * d]);
                     let (mut o, mut lse, mut work) =
-                        attend(scale, true, &q, [group, rows, d], recent.0, recent.1, total - before, d)?;
+                        attend((scale, true, low), &q, [group, rows, d, d], recent.0, recent.1)?;
                     if before > 0 {
                         let qn = narrow(&q, d, &h.channels);
-                        let shape = [1, group * rows, h.channels.len()];
-                        let (o2, l2, w) = attend(scale, false, &qn, shape, kp, &v[..before * d], before, d)?;
+                        let (shape, kp) = ([1, group * rows, h.channels.len(), d], &kp[..before * h.channels.len()]);
+                        let (o2, l2, w) = attend((scale, false, low), &qn, shape, kp, &v[..before * d])?;
                         for (r, row) in o.chunks_exact_mut(d).enumerate() {
                             merge_row(row, &mut lse[r], &o2[r * d..(r + 1) * d], l2[r]);
                         }
