@@ -5,10 +5,6 @@ use half::bf16;
 
 const FORMATS: [WeightFormat; 4] = [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Int8, WeightFormat::Int4];
 
-fn is_integer(format: WeightFormat) -> bool {
-    matches!(format, WeightFormat::Int8 | WeightFormat::Int4)
-}
-
 /// Deterministic values in (-1, 1).
 fn noise(n: usize, seed: u64) -> Vec<f32> {
     let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -99,7 +95,7 @@ fn forward_obeys_the_error_rule() {
                 let rounds = isa == Isa::Amx && format != WeightFormat::F32 && m > 4;
                 let round: fn(f32) -> f32 = if rounds { |x| bf16::from_f32(x).to_f32() } else { |x| x };
                 let mut x_held = x.clone();
-                if is_integer(format) && isa >= Isa::Avx512 && m <= 8 {
+                if format.is_integer() && isa >= Isa::Avx512 && m <= 8 {
                     x_held = sixteen_bits(&x, k);
                 }
                 let reference = same_precision(&x_held, &held, &bias, [m, n, k], round);
@@ -121,7 +117,7 @@ fn results_do_not_depend_on_the_number_of_rows() {
     for format in FORMATS {
         let layer = PackedLinear::pack(&w, n, k, format).unwrap();
         // Six standard deviations of the 16-bit rounding of x, for integers.
-        let tolerance = if is_integer(format) { 3e-4 } else { 2e-5 };
+        let tolerance = if format.is_integer() { 3e-4 } else { 2e-5 };
         for isa in Isa::available().into_iter().filter(|i| *i < Isa::Amx) {
             let mut all = vec![0.0; 30 * n];
             layer.forward(&x, 30, &mut all, isa).unwrap();

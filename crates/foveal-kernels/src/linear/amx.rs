@@ -37,19 +37,6 @@ mod imp {
         static PANELS: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
     }
 
-    /// Rows of x as tiles, shared by the tasks of a call.
-    #[derive(Clone, Copy)]
-    struct X(*const u8);
-    // SAFETY: read by the tasks of a call while the call keeps it.
-    unsafe impl Send for X {}
-    // SAFETY: as above.
-    unsafe impl Sync for X {}
-    impl X {
-        fn get(self) -> *const u8 {
-            self.0
-        }
-    }
-
     pub(in super::super) fn forward(w: &PackedLinear, x: &[f32], m: usize, out: OutPtr) {
         let mut tiles = ROWS.take();
         for first in (0..m).step_by(SLAB) {
@@ -80,13 +67,13 @@ mod imp {
         let units = w.panels / 2;
         let (row_step, unit_step) = grid(m, units, w.k, most);
         let (row_tasks, unit_tasks) = (m.div_ceil(row_step), units.div_ceil(unit_step));
-        let x = X(tiles.as_ptr().cast());
+        let x = &tiles[..lines];
         let run = |t: usize| {
             let (r, u) = (t / unit_tasks * row_step, t % unit_tasks * unit_step);
             PANELS.with_borrow_mut(|b| {
                 // SAFETY: as above; the regions of the grid begin at whole tiles, are disjoint and inside x, W
                 // and out.
-                unsafe { region(w, x.get(), (r, (r + row_step).min(m)), (u, (u + unit_step).min(units)), out, b) }
+                unsafe { region(w, x, (r, (r + row_step).min(m)), (u, (u + unit_step).min(units)), out, b) }
             });
         };
         match row_tasks * unit_tasks {
@@ -98,7 +85,7 @@ mod imp {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     unsafe fn region(
         w: &PackedLinear,
-        x: *const u8,
+        x: &[Line],
         rows: (usize, usize),
         units: (usize, usize),
         out: OutPtr,
@@ -106,7 +93,7 @@ mod imp {
     ) {
         let (m, kt) = (rows.1 - rows.0, w.blocks());
         let row_tiles = m.div_ceil(16);
-        if w.format != WeightFormat::Bf16 && b.len() < 2 * kt * 16 {
+        if w.format.is_integer() && b.len() < 2 * kt * 16 {
             b.resize(2 * kt * 16, Line::ZERO);
         }
         let b = b.as_mut_ptr().cast::<u8>();
@@ -115,14 +102,14 @@ mod imp {
         let second = if m > 16 { (m - 16).min(16) } else { 16 };
         // SAFETY: `b` holds the tiles counted above and `x` those of all rows; the rest is passed on.
         unsafe {
-            let a = x.add(rows.0 / 16 * kt * TILE);
+            let a = x.as_ptr().cast::<u8>().add(rows.0 / 16 * kt * TILE);
             // Tiles 0, 1 (outputs) and 4 (x) of `first` rows, 2, 3 and 5 of `second`, 6 and 7 weights.
             let (f, s) = (first as u8, second as u8);
             let _tiles = Tiles::with_rows([f, f, s, s, f, s, 16, 16]);
             let mut edge = Edge([0.0; 32 * 32]);
             for u in units.0..units.1 {
                 let panels = w.data.ptr().add(2 * u * w.panel_bytes());
-                let b0 = if w.format == WeightFormat::Bf16 {
+                let b0 = if !w.format.is_integer() {
                     panels
                 } else {
                     for j in 0..2 {

@@ -116,8 +116,7 @@ impl PackedLinear {
         // The kernels rely on the machine having `isa`; a caller can name any.
         let isa = isa.min(Isa::detect());
         let out_ptr = OutPtr(out.as_mut_ptr());
-        let integer = matches!(self.format, WeightFormat::Int8 | WeightFormat::Int4);
-        let quantised = integer && isa >= Isa::Avx512 && m <= integer::MAX_ROWS;
+        let quantised = self.format.is_integer() && isa >= Isa::Avx512 && m <= integer::MAX_ROWS;
         let served = quantised && integer::forward(self, x, m, out_ptr);
         if served {
             // Nothing is left to do.

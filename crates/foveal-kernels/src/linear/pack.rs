@@ -36,6 +36,11 @@ impl std::fmt::Display for WeightFormat {
 }
 
 impl WeightFormat {
+    /// Integers with a scale for each 32 inputs, not floating point?
+    pub const fn is_integer(self) -> bool {
+        matches!(self, WeightFormat::Int8 | WeightFormat::Int4)
+    }
+
     /// Bytes of a block of 32 inputs × 16 output features.
     pub(super) const fn block_bytes(self) -> usize {
         match self {
@@ -136,7 +141,7 @@ impl PackedLinear {
         same("linear", "n*k", "weight", w.len(), "shape", size)?;
         let panels = n.div_ceil(2 * PANEL) * 2;
         let mut unit = 1.0;
-        if matches!(format, WeightFormat::Int8 | WeightFormat::Int4) {
+        if format.is_integer() {
             let top =
                 w.par_iter().map(|x| x.to_f32().abs()).reduce(|| 0.0, |a, b| if b > a || b.is_nan() { b } else { a });
             if !top.is_finite() {
@@ -190,27 +195,30 @@ impl PackedLinear {
         let (bytes, lane) = (self.format.block_bytes(), i % PANEL);
         let panel = &self.data.as_ref()[i / PANEL * self.panel_bytes()..];
         for (out, block) in out.chunks_mut(BLOCK).zip(panel.chunks_exact(bytes)) {
-            for (c, o) in out.iter_mut().enumerate() {
-                *o = match self.format {
-                    WeightFormat::F32 => {
-                        let at = 4 * (c * PANEL + lane);
-                        f32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]])
-                    }
-                    WeightFormat::Bf16 => {
-                        let at = 4 * (c / 2 * PANEL + lane) + 2 * (c % 2);
-                        bf16::from_le_bytes([block[at], block[at + 1]]).to_f32()
-                    }
-                    WeightFormat::Int8 => {
-                        let scale = f16::from_le_bytes([block[2 * lane], block[2 * lane + 1]]).to_f32();
-                        f32::from(block[INT8_SCALES + 4 * (c / 4 * PANEL + lane) + c % 4] as i8) * (scale * self.unit)
-                    }
-                    WeightFormat::Int4 => {
-                        let f16_at = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32() * self.unit;
+            let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32() * self.unit;
+            let out = out.iter_mut().enumerate();
+            match self.format {
+                WeightFormat::F32 => out.for_each(|(c, o)| {
+                    let at = 4 * (c * PANEL + lane);
+                    *o = f32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
+                }),
+                WeightFormat::Bf16 => out.for_each(|(c, o)| {
+                    let at = 4 * (c / 2 * PANEL + lane) + 2 * (c % 2);
+                    *o = bf16::from_le_bytes([block[at], block[at + 1]]).to_f32();
+                }),
+                WeightFormat::Int8 => {
+                    let scale = half(2 * lane);
+                    out.for_each(|(c, o)| {
+                        *o = f32::from(block[INT8_SCALES + 4 * (c / 4 * PANEL + lane) + c % 4] as i8) * scale;
+                    });
+                }
+                WeightFormat::Int4 => {
+                    let (scale, minimum) = (half(2 * lane), half(INT4_MINIMA + 2 * lane));
+                    out.for_each(|(c, o)| {
                         let byte = block[INT4_SCALES + 4 * (c / 4 % 4 * PANEL + lane) + c % 4];
-                        let q = byte >> (c / 16 * 4) & 15;
-                        f32::from(q).mul_add(f16_at(2 * lane), f16_at(INT4_MINIMA + 2 * lane))
-                    }
-                };
+                        *o = f32::from(byte >> (c / 16 * 4) & 15).mul_add(scale, minimum);
+                    });
+                }
             }
         }
         Ok(())
