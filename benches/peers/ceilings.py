@@ -4,8 +4,8 @@
     python benches/peers/ceilings.py --json ceilings.json
 
 Matrix products are PyTorch's of 4096 x 4096 matrices. Memory is read by summing 1 GiB, here and by PyTorch. The
-exponential runs on one thread over numbers that stay in cache, against torch.exp into an existing tensor;
-ours works in place and is billed for copying its input first. Needs the packages of requirements.txt.
+exponential runs on one thread over numbers that stay in cache, both sides from one buffer into another that is
+there already. Needs the packages of requirements.txt.
 """
 
 import argparse

@@ -6,8 +6,10 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
+use crate::dispatch::with_isa;
+use crate::error::{Result, same};
 use crate::isa::Isa;
-use crate::simd::{Portable, Simd};
+use crate::simd::Simd;
 
 /// log₂ e.
 pub(crate) const LOG2_E: f32 = std::f32::consts::LOG2_E;
@@ -28,7 +30,7 @@ pub(crate) unsafe fn exp2<S: Simd>(x: S::V) -> S::V {
     for c in [1.339_887_5e-3, 9.618_437e-3, 5.550_332_4e-2, 0.240_226_48, std::f32::consts::LN_2, 1.0] {
         p = S::fma(p, r, S::splat(c));
     }
-    S::zero_below(x, S::splat(FLUSH), S::pow2(n, p))
+    S::pow2_unless_below(n, p, x, S::splat(FLUSH))
 }
 
 /// e^x for x ≤ 88; −∞ gives 0, NaN stays NaN.
@@ -37,7 +39,9 @@ pub(crate) unsafe fn exp2<S: Simd>(x: S::V) -> S::V {
 /// As in [`crate::simd`].
 #[inline(always)]
 pub(crate) unsafe fn exp<S: Simd>(x: S::V) -> S::V {
-    let n = S::round(S::mul(x, S::splat(LOG2_E)));
+    // 1.5 · 2²³: adding it leaves no fraction bits, which rounds, and costs one fused operation with the product.
+    let magic = S::splat(12_582_912.0);
+    let n = S::sub(S::fma(x, S::splat(LOG2_E), magic), magic);
     // ln 2 in two parts; the first has few enough bits that n · hi is exact.
     const HI: f32 = 0.693_359_4;
     const LO: f32 = -2.121_944_4e-4;
@@ -47,7 +51,7 @@ pub(crate) unsafe fn exp<S: Simd>(x: S::V) -> S::V {
     for c in [8.368_745e-3, 4.166_839e-2, 0.166_665_21, 0.499_999_94, 1.0, 1.0] {
         p = S::fma(p, r, S::splat(c));
     }
-    S::zero_below(x, S::splat(FLUSH * LN_2), S::pow2(n, p))
+    S::pow2_unless_below(n, p, x, S::splat(FLUSH * LN_2))
 }
 
 /// 1 / (1 + 2^−x); −∞ and what is below 2⁻¹²⁵ give 0, NaN stays NaN.
@@ -106,45 +110,77 @@ unsafe fn one<S: Simd>(f: Fun, v: S::V) -> S::V {
     }
 }
 
+/// Vectors that are under way at once: enough to hide the latency of one's chain of operations.
+const TOGETHER: usize = 4;
+
+/// `src` may be `dst`.
 #[inline(always)]
-unsafe fn apply_on<S: Simd>(f: Fun, xs: &mut [f32]) {
-    let mut chunks = xs.chunks_exact_mut(S::LANES);
-    for c in &mut chunks {
-        S::store(c.as_mut_ptr(), one::<S>(f, S::load(c.as_ptr())));
+unsafe fn apply_on<S: Simd>(f: Fun, src: *const f32, dst: *mut f32, n: usize) {
+    // SAFETY: both reach `n` elements; the vectors of a step are read before they are written.
+    unsafe {
+        let mut i = 0;
+        while i + TOGETHER * S::LANES <= n {
+            let mut v = [S::splat(0.0); TOGETHER];
+            for c in 0..TOGETHER {
+                v[c] = one::<S>(f, S::load(src.add(i + c * S::LANES)));
+            }
+            for c in 0..TOGETHER {
+                S::store(dst.add(i + c * S::LANES), v[c]);
+            }
+            i += TOGETHER * S::LANES;
+        }
+        while i + S::LANES <= n {
+            S::store(dst.add(i), one::<S>(f, S::load(src.add(i))));
+            i += S::LANES;
+        }
+        let mut rest = [0f32; 16];
+        std::ptr::copy_nonoverlapping(src.add(i), rest.as_mut_ptr(), n - i);
+        S::store(rest.as_mut_ptr(), one::<S>(f, S::load(rest.as_ptr())));
+        std::ptr::copy_nonoverlapping(rest.as_ptr(), dst.add(i), n - i);
     }
-    let rest = chunks.into_remainder();
-    let mut buf = [0f32; 16];
-    buf[..rest.len()].copy_from_slice(rest);
-    S::store(buf.as_mut_ptr(), one::<S>(f, S::load(buf.as_ptr())));
-    rest.copy_from_slice(&buf[..rest.len()]);
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn apply_avx2(f: Fun, xs: &mut [f32]) {
-    apply_on::<crate::simd::Avx2>(f, xs)
+/// One function each, so that the choice is made outside the loop.
+macro_rules! function {
+    ($name:ident, $body:ident, $fun:expr) => {
+        #[inline(always)]
+        unsafe fn $body<S: Simd>(src: *const f32, dst: *mut f32, n: usize) {
+            // SAFETY: passed on.
+            unsafe { apply_on::<S>($fun, src, dst, n) }
+        }
+        with_isa!(simd, unsafe fn $name => $body(src: *const f32, dst: *mut f32, n: usize));
+    };
 }
+function!(exp_all, exp_all_on, Fun::Exp);
+function!(exp2_all, exp2_all_on, Fun::Exp2);
+function!(tanh_all, tanh_all_on, Fun::Tanh);
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn apply_avx512(f: Fun, xs: &mut [f32]) {
-    apply_on::<crate::simd::Avx512>(f, xs)
+/// # Safety
+/// Both reach `n` elements, and do not overlap unless they are the same.
+unsafe fn run(f: Fun, src: *const f32, dst: *mut f32, n: usize, isa: Isa) {
+    let isa = isa.min(Isa::detect());
+    // SAFETY: passed on; `isa` is at most what `detect` found.
+    unsafe {
+        match f {
+            Fun::Exp => exp_all(isa, src, dst, n),
+            Fun::Exp2 => exp2_all(isa, src, dst, n),
+            Fun::Tanh => tanh_all(isa, src, dst, n),
+        }
+    }
 }
 
 /// Apply `f` to every element in place, within 2 ULP (`Tanh`: 3) for results of at least 2⁻¹²⁵;
 /// `Exp` and `Exp2` give 0 below that.
 pub fn apply(f: Fun, xs: &mut [f32], isa: Isa) {
-    match isa.min(Isa::detect()) {
-        // SAFETY: the portable path needs no instruction beyond the target's baseline.
-        Isa::Portable => unsafe { apply_on::<Portable>(f, xs) },
-        // SAFETY: `isa` is at most what `detect` found.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { apply_avx2(f, xs) },
-        // SAFETY: `isa` is at most what `detect` found.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Amx => unsafe { apply_avx512(f, xs) },
-        // SAFETY: as for the portable path.
-        #[cfg(not(target_arch = "x86_64"))]
-        _ => unsafe { apply_on::<Portable>(f, xs) },
-    }
+    let p = xs.as_mut_ptr();
+    // SAFETY: one slice, uniquely borrowed.
+    unsafe { run(f, p, p, xs.len(), isa) }
+}
+
+/// [`apply`] from `xs` into `out`, of the same length.
+pub fn apply_to(f: Fun, xs: &[f32], out: &mut [f32], isa: Isa) -> Result<()> {
+    same("apply_to", "elements", "out", out.len(), "xs", xs.len())?;
+    // SAFETY: two slices of one length, one of them uniquely borrowed.
+    unsafe { run(f, xs.as_ptr(), out.as_mut_ptr(), xs.len(), isa) };
+    Ok(())
 }

@@ -40,6 +40,11 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn pow2(n: Self::V, p: Self::V) -> Self::V;
     /// y, but 0 in lanes with x < limit (a NaN in x keeps y).
     unsafe fn zero_below(x: Self::V, limit: Self::V, y: Self::V) -> Self::V;
+    /// [`Simd::pow2`], but 0 in lanes with x < limit (a NaN in x keeps p · 2ⁿ).
+    #[inline(always)]
+    unsafe fn pow2_unless_below(n: Self::V, p: Self::V, x: Self::V, limit: Self::V) -> Self::V {
+        Self::zero_below(x, limit, Self::pow2(n, p))
+    }
     /// Lane i of a where bit i is set, else of b.
     unsafe fn select(bits: u32, a: Self::V, b: Self::V) -> Self::V;
     /// Bits of the lanes with |a| < b.
@@ -290,6 +295,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn zero_below(x: __m512, limit: __m512, y: __m512) -> __m512 {
             _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, limit), y)
+        }
+        #[inline(always)]
+        unsafe fn pow2_unless_below(n: __m512, p: __m512, x: __m512, limit: __m512) -> __m512 {
+            _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, limit), p, n)
         }
         #[inline(always)]
         unsafe fn select(bits: u32, a: __m512, b: __m512) -> __m512 {

@@ -1,7 +1,7 @@
 //! ULP tests of the vector functions, over a dense sweep of f32 patterns.
 
 use foveal_kernels::Isa;
-use foveal_kernels::exp::{Fun, apply};
+use foveal_kernels::exp::{Fun, apply, apply_to};
 
 /// |got − want| in units of the last place of f32 at `want`.
 fn ulps(got: f32, want: f64) -> f64 {
@@ -10,9 +10,13 @@ fn ulps(got: f32, want: f64) -> f64 {
     (f64::from(got) - want).abs() / ulp
 }
 
-/// The worst of `f` over every `step`-th pattern between the magnitudes `lo` and `hi`, with `sign`.
+/// The worst of `f` over every 211th pattern between the magnitudes `lo` and `hi`, with `sign`.
 fn sweep(fun: Fun, f: impl Fn(f64) -> f64, isa: Isa, lo: f32, hi: f32, sign: f32) -> f64 {
-    let xs: Vec<f32> = (lo.to_bits()..=hi.to_bits()).step_by(211).map(|b| sign * f32::from_bits(b)).collect();
+    sweep_by(211, fun, f, isa, lo, hi, sign)
+}
+
+fn sweep_by(step: usize, fun: Fun, f: impl Fn(f64) -> f64, isa: Isa, lo: f32, hi: f32, sign: f32) -> f64 {
+    let xs: Vec<f32> = (lo.to_bits()..=hi.to_bits()).step_by(step).map(|b| sign * f32::from_bits(b)).collect();
     let mut ys = xs.clone();
     apply(fun, &mut ys, isa);
     xs.iter()
@@ -52,4 +56,36 @@ fn ends_of_the_range() {
         assert_eq!(t[..3], [1.0, -1.0, 0.0], "{isa}");
         assert!(t[3].is_nan(), "{isa}");
     }
+}
+
+#[test]
+fn any_length_in_place_or_not() {
+    for isa in Isa::available() {
+        for n in [0, 1, 15, 16, 17, 63, 64, 65, 200] {
+            let x: Vec<f32> = (0..n).map(|i| (i as f32 * 0.37).sin() * 20.0).collect();
+            for fun in [Fun::Exp, Fun::Exp2, Fun::Tanh] {
+                let (mut a, mut b) = (x.clone(), vec![f32::NAN; n]);
+                apply(fun, &mut a, isa);
+                apply_to(fun, &x, &mut b, isa).unwrap();
+                assert_eq!(a, b, "{isa} {fun:?} {n}");
+                // As it is alone, whatever its place.
+                for (x, y) in x.iter().zip(&a) {
+                    let mut alone = [*x];
+                    apply(fun, &mut alone, isa);
+                    assert_eq!(alone[0], *y, "{isa} {fun:?} {n}");
+                }
+            }
+        }
+    }
+    assert!(apply_to(Fun::Exp, &[0.0; 2], &mut [0.0; 1], Isa::active()).is_err());
+}
+
+/// Every f32 of the range, not only a sweep: minutes, run by hand (`--ignored`).
+#[test]
+#[ignore = "takes minutes"]
+fn every_number_is_within_the_bound() {
+    let e = sweep_by(1, Fun::Exp, f64::exp, Isa::active(), 1e-6, 86.6, -1.0);
+    let up = sweep_by(1, Fun::Exp, f64::exp, Isa::active(), 1e-3, 88.0, 1.0);
+    println!("exp {e:.4}, x > 0: {up:.4} ULP");
+    assert!(e <= 2.0 && up <= 2.0);
 }
