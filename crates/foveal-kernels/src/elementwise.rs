@@ -1,5 +1,5 @@
 //! The row operations between the products of a transformer: normalisation, rotary position,
-//! gated activation, softmax.
+//! gated activation, softmax; and the backward passes of normalisation and softmax.
 //!
 //! All work in f32 on rows, in parallel where there are enough elements to pay for it.
 
@@ -338,6 +338,75 @@ pub fn softmax_rows(x: &mut [f32], width: usize, isa: Isa) -> Result<Work> {
     Ok(work(n, 4, 2 * n))
 }
 
+/// Gradient of [`softmax_rows`] from its result `y` and the gradient `dy` of that result, row by row:
+/// dx = y · (dy − Σ y·dy). A row of zeros gives zeros.
+pub fn softmax_rows_backward(y: &[f32], dy: &[f32], width: usize, dx: &mut [f32], isa: Isa) -> Result<Work> {
+    const OP: &str = "softmax_rows backward";
+    let rows = rows_of(OP, y.len(), width)?;
+    same(OP, "elements", "dy", dy.len(), "y", y.len())?;
+    same(OP, "elements", "dx", dx.len(), "y", y.len())?;
+    let isa = isa.min(Isa::detect());
+    let dst = Shared(dx.as_mut_ptr());
+    over_rows(rows, width, |range| {
+        for r in range {
+            let row = r * width..(r + 1) * width;
+            // SAFETY: a row of `width` elements inside each slice; workers have rows of their own.
+            unsafe { softmax_row_back(isa, &y[row.clone()], &dy[row], dst.at(r * width)) };
+        }
+    });
+    Ok(work(y.len(), 4, 3 * y.len()))
+}
+
+/// Rows whose share of a weight's gradient is summed in f32 before the sum over all of them, in f64: the same
+/// for any number of threads.
+const GRAD_ROWS: usize = 32;
+
+/// Gradients of [`rms_norm`] for the gradient `dy` of its result. With f = 1 / √(mean(x²) + eps) of a row of d
+/// elements and s = Σ x·weight·dy: dx = f·weight·dy − f³/d·s·x, and `dweight` (if asked for) is the sum
+/// over rows of f·x·dy. Both are overwritten.
+pub fn rms_norm_backward(
+    x: &[f32],
+    weight: &[f32],
+    eps: f32,
+    dy: &[f32],
+    dx: &mut [f32],
+    dweight: Option<&mut [f32]>,
+    isa: Isa,
+) -> Result<Work> {
+    const OP: &str = "rms_norm backward";
+    let d = weight.len();
+    let rows = rows_of(OP, x.len(), d)?;
+    same(OP, "elements", "dy", dy.len(), "x", x.len())?;
+    same(OP, "elements", "dx", dx.len(), "x", x.len())?;
+    if let Some(dw) = &dweight {
+        same(OP, "elements", "dweight", dw.len(), "weight", d)?;
+    }
+    let isa = isa.min(Isa::detect());
+    let blocks = rows.div_ceil(GRAD_ROWS);
+    let mut sums = vec![0f32; if dweight.is_some() { blocks * d } else { 0 }];
+    let (dst, part) = (Shared(dx.as_mut_ptr()), Shared(sums.as_mut_ptr()));
+    let wanted = dweight.is_some();
+    over_rows(blocks, GRAD_ROWS * d, |range| {
+        for b in range {
+            let sum = if wanted { part.at(b * d) } else { std::ptr::null_mut() };
+            for r in b * GRAD_ROWS..((b + 1) * GRAD_ROWS).min(rows) {
+                let row = r * d..(r + 1) * d;
+                // SAFETY: rows of `d` elements inside the slices; workers have blocks of their own, and `sum` is null
+                // or the block's `d` elements of `sums`.
+                unsafe { norm_row_back(isa, &x[row.clone()], weight, eps, &dy[row], dst.at(r * d), sum) };
+            }
+        }
+    });
+    if let Some(dw) = dweight {
+        let mut total = vec![0f64; d];
+        for sums in sums.chunks_exact(d) {
+            total.iter_mut().zip(sums).for_each(|(t, s)| *t += f64::from(*s));
+        }
+        dw.iter_mut().zip(total).for_each(|(o, t)| *o = t as f32);
+    }
+    Ok(work(x.len(), if wanted { 11 } else { 8 }, 3 * x.len()))
+}
+
 /// Lanes of a partial sum: enough chains to hide the latency of the additions.
 const CHAINS: usize = 4;
 
@@ -514,9 +583,87 @@ unsafe fn softmax_row_on<S: Simd>(x: *mut f32, n: usize) {
     }
 }
 
+/// Σ x·y, or Σ x·y·z with a `z`, of rows of `n` elements.
+#[inline(always)]
+unsafe fn sum_of_products<S: Simd>(x: *const f32, y: *const f32, z: Option<*const f32>, n: usize) -> f32 {
+    // SAFETY: all rows have `n` elements.
+    unsafe {
+        let mut sums = [S::splat(0.0); CHAINS];
+        let mut i = 0;
+        while i + CHAINS * S::LANES <= n {
+            for c in 0..CHAINS {
+                let at = i + c * S::LANES;
+                let mut v = S::load(x.add(at));
+                if let Some(z) = z {
+                    v = S::mul(v, S::load(z.add(at)));
+                }
+                sums[c] = S::fma(v, S::load(y.add(at)), sums[c]);
+            }
+            i += CHAINS * S::LANES;
+        }
+        let mut sum = S::sum(S::add(S::add(sums[0], sums[1]), S::add(sums[2], sums[3])));
+        for j in i..n {
+            sum += *x.add(j) * z.map_or(1.0, |z| *z.add(j)) * *y.add(j);
+        }
+        sum
+    }
+}
+
+#[inline(always)]
+unsafe fn softmax_row_back_on<S: Simd>(y: &[f32], dy: &[f32], dx: *mut f32) {
+    // SAFETY: all rows have as many elements as `y`; vector loops stay below that.
+    unsafe {
+        let n = y.len();
+        let (y, dy) = (y.as_ptr(), dy.as_ptr());
+        let sum = sum_of_products::<S>(y, dy, None, n);
+        let s = S::splat(sum);
+        let mut i = 0;
+        while i + S::LANES <= n {
+            S::store(dx.add(i), S::mul(S::load(y.add(i)), S::sub(S::load(dy.add(i)), s)));
+            i += S::LANES;
+        }
+        for j in i..n {
+            *dx.add(j) = *y.add(j) * (*dy.add(j) - sum);
+        }
+    }
+}
+
+/// `sum` is null or takes f·x·dy.
+#[inline(always)]
+unsafe fn norm_row_back_on<S: Simd>(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: *mut f32, sum: *mut f32) {
+    // SAFETY: all rows have as many elements as `x`; vector loops stay below that.
+    unsafe {
+        let n = x.len();
+        let (x, w, dy) = (x.as_ptr(), weight.as_ptr(), dy.as_ptr());
+        let factor = 1.0 / (sum_of_products::<S>(x, x, None, n) / n as f32 + eps).sqrt();
+        let lean = -factor * factor * factor / n as f32 * sum_of_products::<S>(x, dy, Some(w), n);
+        let (f, l) = (S::splat(factor), S::splat(lean));
+        let mut i = 0;
+        while i + S::LANES <= n {
+            let (xv, g) = (S::load(x.add(i)), S::mul(S::load(dy.add(i)), f));
+            S::store(dx.add(i), S::fma(xv, l, S::mul(g, S::load(w.add(i)))));
+            if !sum.is_null() {
+                S::store(sum.add(i), S::fma(xv, g, S::load(sum.add(i))));
+            }
+            i += S::LANES;
+        }
+        for j in i..n {
+            let g = *dy.add(j) * factor;
+            *dx.add(j) = *x.add(j) * lean + g * *w.add(j);
+            if !sum.is_null() {
+                *sum.add(j) += *x.add(j) * g;
+            }
+        }
+    }
+}
+
 with_isa!(simd, unsafe fn norm_row => norm_row_on(x: *const f32, out: *mut f32, weight: &[f32], eps: f32));
 with_isa!(simd, unsafe fn add_row => add_row_on(x: *mut f32, delta: *const f32, n: usize));
 with_isa!(simd, unsafe fn rotate_halves => rotate_halves_on(x: *const f32, out: *mut f32, cos: &[f32], sin: &[f32]));
 with_isa!(simd, unsafe fn rotate_pairs => rotate_pairs_on(x: *const f32, out: *mut f32, cos: &[f32], sin: &[f32]));
 with_isa!(simd, unsafe fn swiglu_row => swiglu_row_on(g: *const f32, u: *const f32, out: *mut f32, n: usize));
 with_isa!(simd, unsafe fn softmax_row => softmax_row_on(x: *mut f32, n: usize));
+with_isa!(simd, unsafe fn softmax_row_back => softmax_row_back_on(y: &[f32], dy: &[f32], dx: *mut f32));
+with_isa!(simd, unsafe fn norm_row_back => norm_row_back_on(
+    x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: *mut f32, sum: *mut f32,
+));

@@ -208,6 +208,20 @@ pub fn rms_norm(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
     x.chunks(d).flat_map(row).collect()
 }
 
+/// Gradients (dx, dweight) of Σ dy · [`rms_norm`]: with f the factor of a row of d elements,
+/// dx_i = f·(w_i dy_i − f²/d · x_i · Σ x w dy), dweight_i = Σ over rows of f·x_i·dy_i.
+pub fn rms_norm_backward(x: &[f64], weight: &[f64], eps: f64, dy: &[f64]) -> (Vec<f64>, Vec<f64>) {
+    let d = weight.len();
+    let (mut dx, mut dw) = (Vec::new(), vec![0.0; d]);
+    for (x, dy) in x.chunks(d).zip(dy.chunks(d)) {
+        let f = 1.0 / (x.iter().map(|x| x * x).sum::<f64>() / d as f64 + eps).sqrt();
+        let s: f64 = (0..d).map(|i| x[i] * weight[i] * dy[i]).sum();
+        dx.extend((0..d).map(|i| f * (weight[i] * dy[i] - f * f / d as f64 * x[i] * s)));
+        (0..d).for_each(|i| dw[i] += f * x[i] * dy[i]);
+    }
+    (dx, dw)
+}
+
 /// Rotate one row: pair i = (x[first(i)], x[second(i)]) turns by angle i, given as (cos, sin).
 pub fn rope(x: &[f64], angles: &[(f64, f64)], interleaved: bool) -> Vec<f64> {
     let mut y = x.to_vec();
@@ -232,4 +246,11 @@ pub fn softmax(x: &[f64]) -> Vec<f64> {
     }
     let sum: f64 = x.iter().map(|x| (x - top).exp()).sum();
     x.iter().map(|x| (x - top).exp() / sum).collect()
+}
+
+/// Gradient of Σ dy · [`softmax`] for one row: dx_i = y_i (dy_i − Σ y dy).
+pub fn softmax_backward(x: &[f64], dy: &[f64]) -> Vec<f64> {
+    let y = softmax(x);
+    let s: f64 = y.iter().zip(dy).map(|(y, g)| y * g).sum();
+    y.iter().zip(dy).map(|(y, g)| y * (g - s)).collect()
 }

@@ -1,7 +1,8 @@
 //! Row operations against their f64 twins, every instruction set.
 
 use foveal_kernels::elementwise::{
-    Heads, RopeLayout, add, add_rms_norm, rms_norm, rms_norm_heads, rope, rope_into, softmax_rows, swiglu,
+    Heads, RopeLayout, add, add_rms_norm, rms_norm, rms_norm_backward, rms_norm_heads, rope, rope_into, softmax_rows,
+    softmax_rows_backward, swiglu,
 };
 use foveal_kernels::{Isa, twin};
 
@@ -166,12 +167,82 @@ fn softmax() {
     }
 }
 
+/// The error rule for gradients: at most three times the error of a plain f32 loop; in short rows, where that may be
+/// exact by luck, four roundings of the largest value (our exponential is within 2 ULP, the plain loop's within 1).
+fn check_grad(what: &str, got: &[f32], reference: &[f32], want: &[f64]) {
+    let (g, r) = (worst(got, want), worst(reference, want));
+    let top = want.iter().fold(0f64, |a, x| a.max(x.abs()));
+    assert!(g <= (3.0 * r).max(4.0 * top * f64::from(f32::EPSILON)), "{what}: error {g:e}, reference {r:e}");
+}
+
+#[test]
+fn softmax_gradients() {
+    for (rows, n) in [(1, 1), (4, 3), (3, 16), (5, 77), (64, 1000)] {
+        let (mut x, dy) = (noise(rows * n, 11, 5.0), noise(rows * n, 12, 1.0));
+        if rows > 3 {
+            x[n..2 * n].fill(f32::NEG_INFINITY);
+        }
+        let want: Vec<f64> =
+            x.chunks(n).zip(dy.chunks(n)).flat_map(|(x, g)| twin::softmax_backward(&f64s(x), &f64s(g))).collect();
+        let plain: Vec<f32> = x
+            .chunks(n)
+            .zip(dy.chunks(n))
+            .flat_map(|(x, g)| {
+                let top = x.iter().copied().fold(f32::MIN, f32::max);
+                let e: Vec<f32> = x.iter().map(|x| (x - top).exp()).collect();
+                let sum = e.iter().sum::<f32>().max(f32::MIN_POSITIVE);
+                let s: f32 = e.iter().zip(g).map(|(e, g)| e / sum * g).sum();
+                e.iter().zip(g).map(|(e, g)| e / sum * (g - s)).collect::<Vec<_>>()
+            })
+            .collect();
+        for isa in Isa::available() {
+            let (mut y, mut dx) = (x.clone(), vec![f32::NAN; rows * n]);
+            softmax_rows(&mut y, n, isa).unwrap();
+            softmax_rows_backward(&y, &dy, n, &mut dx, isa).unwrap();
+            check_grad(&format!("{isa} softmax {rows} x {n}"), &dx, &plain, &want);
+        }
+    }
+}
+
+#[test]
+fn norm_gradients_do_not_depend_on_threads() {
+    for (rows, d) in [(1, 1), (3, 5), (2, 64), (7, 100), (200, 576)] {
+        let (x, w, dy) = (noise(rows * d, 1, 3.0), noise(d, 2, 1.0), noise(rows * d, 3, 1.0));
+        let (want_x, want_w) = twin::rms_norm_backward(&f64s(&x), &f64s(&w), 1e-5, &f64s(&dy));
+        let (mut plain_x, mut plain_w) = (Vec::new(), vec![0f32; d]);
+        for (x, g) in x.chunks(d).zip(dy.chunks(d)) {
+            let f = 1.0 / (x.iter().map(|x| x * x).sum::<f32>() / d as f32 + 1e-5).sqrt();
+            let s: f32 = (0..d).map(|i| x[i] * w[i] * g[i]).sum();
+            plain_x.extend((0..d).map(|i| f * (w[i] * g[i] - f * f / d as f32 * x[i] * s)));
+            (0..d).for_each(|i| plain_w[i] += f * x[i] * g[i]);
+        }
+        for isa in Isa::available() {
+            let (mut dx, mut dw) = (vec![f32::NAN; rows * d], vec![f32::NAN; d]);
+            let work = rms_norm_backward(&x, &w, 1e-5, &dy, &mut dx, Some(&mut dw), isa).unwrap();
+            check_grad(&format!("{isa} dx {rows} x {d}"), &dx, &plain_x, &want_x);
+            check_grad(&format!("{isa} dweight {rows} x {d}"), &dw, &plain_w, &want_w);
+            assert_eq!(work.flops, 11 * (rows * d) as u64);
+            let mut alone = vec![f32::NAN; rows * d];
+            rms_norm_backward(&x, &w, 1e-5, &dy, &mut alone, None, isa).unwrap();
+            assert_eq!(alone, dx);
+            let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+            let mut dw1 = vec![f32::NAN; d];
+            one.install(|| rms_norm_backward(&x, &w, 1e-5, &dy, &mut alone, Some(&mut dw1), isa)).unwrap();
+            assert_eq!((alone, dw1), (dx, dw));
+        }
+    }
+}
+
 #[test]
 fn refusals_name_the_trouble() {
     let isa = Isa::active();
     let say = |r: foveal_kernels::Result<foveal_kernels::Work>| r.unwrap_err().to_string();
     assert!(say(rms_norm(&[0.0; 5], &[1.0; 2], 0.0, &mut [0.0; 5], isa)).contains("row width"));
     assert!(say(rms_norm(&[0.0; 4], &[1.0; 2], 0.0, &mut [0.0; 2], isa)).contains("out"));
+    assert!(say(softmax_rows_backward(&[0.0; 4], &[0.0; 3], 2, &mut [0.0; 4], isa)).contains("dy"));
+    let mut short = [0.0; 1];
+    let grads = rms_norm_backward(&[0.0; 4], &[1.0; 2], 0.0, &[0.0; 4], &mut [0.0; 4], Some(&mut short), isa);
+    assert!(say(grads).contains("dweight"));
     assert!(say(swiglu(&[0.0; 5], 2, &mut [0.0; 2], isa)).contains("row width"));
     let mut x = [0.0; 8];
     let heads = Heads::in_rows(2, 4, 0, 1, 4);

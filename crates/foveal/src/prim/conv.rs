@@ -69,7 +69,7 @@ pub(super) fn readable(
 }
 
 /// f32 elements of a contiguous tensor.
-fn flat<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+pub(super) fn flat<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
     let at = layout.start_offset();
     Ok(&storage.as_slice::<f32>()?[at..at + layout.shape().elem_count()])
 }

@@ -8,6 +8,7 @@ pub mod gemm;
 pub mod kv;
 pub mod pool;
 pub mod rope;
+pub mod rows;
 pub mod select;
 pub(crate) mod tensor;
 
@@ -16,3 +17,4 @@ pub use conv::{Convolved, damped_ema, long_conv, short_conv};
 pub use feature::{FeatureOptions, feature_attend};
 pub use foveal_kernels::Normalizer;
 pub use foveal_kernels::conv::Boundary;
+pub use rows::{rms_norm, softmax};
