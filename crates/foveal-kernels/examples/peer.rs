@@ -5,6 +5,7 @@
 //!
 //!     attend B H HKV T D f32|bf16 full|causal   exact attention, {"seconds", "flops"}
 //!     attend_grad B H HKV T D f32|bf16 full|causal   the same and its backward pass, with {"forward"} seconds
+//!     linear M N K f32|bf16|int8|int4           y = x·Wᵀ of M rows, {"seconds", "flops"}
 //!     exp N CALLS                               e^x of N numbers on one thread, seconds of one call
 //!     read MIB THREADS                          sums MIB mebibytes, seconds and bytes
 //!
@@ -12,7 +13,7 @@
 //! call on the same operands. FOVEAL_ISA caps the instruction set, RAYON_NUM_THREADS the threads.
 
 use foveal_kernels::exp::{Fun, apply_to};
-use foveal_kernels::{Attend, AttendGrads, Element, Isa, Upstream, View, ViewMut};
+use foveal_kernels::{Attend, AttendGrads, Element, Isa, PackedLinear, Upstream, View, ViewMut, WeightFormat};
 use half::bf16;
 use std::io::{BufRead, Write};
 use std::time::Instant;
@@ -105,6 +106,19 @@ fn attend_grad<T: Element>(
     }))
 }
 
+fn linear([m, n, k]: [usize; 3], format: WeightFormat) -> Result<Call, Failure> {
+    let mut random = noise();
+    let mut some = |n: usize| (0..n).map(|_| random()).collect::<Vec<f32>>();
+    let (x, w) = (some(m * k), some(n * k));
+    let layer = PackedLinear::pack(&w, n, k, format)?;
+    let mut out = vec![0f32; m * n];
+    Ok(Box::new(move || {
+        let begin = Instant::now();
+        let work = layer.forward(&x, m, &mut out, Isa::active())?;
+        Ok((begin.elapsed().as_secs_f64(), format!(", \"flops\": {}", work.flops)))
+    }))
+}
+
 fn exp(n: usize, calls: usize) -> Result<Call, Failure> {
     if n == 0 || calls == 0 {
         return Err("give numbers and calls".into());
@@ -168,9 +182,20 @@ fn prepare(line: &str) -> Result<Call, Failure> {
                 _ => Err("the type is f32 or bf16".into()),
             }
         }
+        ["linear", m, n, k, format] => {
+            let format = match format {
+                "f32" => WeightFormat::F32,
+                "bf16" => WeightFormat::Bf16,
+                "int8" => WeightFormat::Int8,
+                "int4" => WeightFormat::Int4,
+                _ => return Err("weights are f32, bf16, int8 or int4".into()),
+            };
+            linear([number(m)?, number(n)?, number(k)?], format)
+        }
         ["exp", n, calls] => exp(number(n)?, number(calls)?),
         ["read", mib, threads] => read(number(mib)?, number(threads)?),
-        _ => Err("requests are: attend or attend_grad B H HKV T D f32|bf16 full|causal, exp N CALLS, read MIB THREADS"
+        _ => Err("requests are: attend or attend_grad B H HKV T D f32|bf16 full|causal, \
+            linear M N K f32|bf16|int8|int4, exp N CALLS, read MIB THREADS"
             .into()),
     }
 }

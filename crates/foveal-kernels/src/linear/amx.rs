@@ -276,9 +276,13 @@ mod imp {
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tileloadd tmm7, [{b1} + {line}*1]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
+                "tilezero tmm4",
                 "tileloadd tmm5, [{a1} + {line}*1]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
+                "tilezero tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
+                "tilezero tmm5",
+                "tilezero tmm7",
                 "add {a0}, 1024",
                 "add {a1}, 1024",
                 "add {b0}, 1024",
@@ -317,7 +321,7 @@ mod imp {
         c: *mut f32,
         ld: usize,
     ) {
-        // SAFETY: by the contract; tiles 0, 1, 4, 6 and 7 are configured and used by nobody else.
+        // SAFETY: by the contract; tiles 0, 1, 4 and 6 are configured and used by nobody else.
         unsafe {
             asm!(
                 "tileloadd tmm0, [{bias} + {zero}*1]",
@@ -328,8 +332,11 @@ mod imp {
                 "tileloadd tmm6, [{b0} + {line}*1]",
                 "tileloadd tmm4, [{a0} + {line}*1]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{b1} + {line}*1]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tilezero tmm6",
+                "tileloadd tmm6, [{b1} + {line}*1]",
+                "tdpbf16ps tmm1, tmm4, tmm6",
+                "tilezero tmm4",
+                "tilezero tmm6",
                 "add {a0}, 1024",
                 "add {b0}, 1024",
                 "add {b1}, 1024",
