@@ -320,23 +320,26 @@ mod imp {
         }
     }
 
-    /// Rows of 64 channels: the four tiles of a column pair stay in registers.
+    /// Rows of 64 channels: a tile of rows stays in registers for both column tiles.
     #[inline(always)]
     unsafe fn narrow(a: *const u8, a_line: usize, tiles: usize, b: *const u8, c: *mut u8, c_line: usize) {
         // SAFETY: as the caller's.
         unsafe {
-            tile!("tileloadd tmm4, [{p} + {l}*1]", b, LINE);
-            tile!("tileloadd tmm5, [{p} + {l}*1 + 1024]", b, LINE);
-            tile!("tileloadd tmm6, [{p} + {l}*1 + 2048]", b, LINE);
-            tile!("tileloadd tmm7, [{p} + {l}*1 + 3072]", b, LINE);
             for t in 0..tiles {
                 let (a, c) = (a.add(t * TILE * a_line), c.add(t * TILE * c_line));
-                asm!("tilezero tmm0", "tilezero tmm1", options(nostack, preserves_flags));
                 tile!("tileloadd tmm2, [{p} + {l}*1]", a, a_line);
-                asm!("tdpbf16ps tmm0, tmm2, tmm4", "tdpbf16ps tmm1, tmm2, tmm5", options(nostack, preserves_flags));
                 tile!("tileloadd tmm3, [{p} + {l}*1 + 64]", a, a_line);
-                asm!("tdpbf16ps tmm0, tmm3, tmm6", "tdpbf16ps tmm1, tmm3, tmm7", options(nostack, preserves_flags));
+                asm!("tilezero tmm0", options(nostack, preserves_flags));
+                tile!("tileloadd tmm4, [{p} + {l}*1]", b, LINE);
+                asm!("tdpbf16ps tmm0, tmm2, tmm4", "tilezero tmm4", options(nostack, preserves_flags));
+                tile!("tileloadd tmm5, [{p} + {l}*1 + 2048]", b, LINE);
+                asm!("tdpbf16ps tmm0, tmm3, tmm5", "tilezero tmm5", options(nostack, preserves_flags));
                 tile!("tilestored [{p} + {l}*1], tmm0", c, c_line);
+                asm!("tilezero tmm1", options(nostack, preserves_flags));
+                tile!("tileloadd tmm4, [{p} + {l}*1 + 1024]", b, LINE);
+                asm!("tdpbf16ps tmm1, tmm2, tmm4", "tilezero tmm4", "tilezero tmm2", options(nostack, preserves_flags));
+                tile!("tileloadd tmm5, [{p} + {l}*1 + 3072]", b, LINE);
+                asm!("tdpbf16ps tmm1, tmm3, tmm5", "tilezero tmm5", "tilezero tmm3", options(nostack, preserves_flags));
                 tile!("tilestored [{p} + {l}*1 + 64], tmm1", c, c_line);
             }
         }
@@ -365,12 +368,14 @@ mod imp {
                 tile!("tileloadd tmm4, [{p} + {l}*1]", a.add(t * LINE), a_line);
                 asm!("tdpbf16ps tmm0, tmm4, tmm6", options(nostack, preserves_flags));
                 tile!("tileloadd tmm7, [{p} + {l}*1 + 1024]", b, LINE);
-                asm!("tdpbf16ps tmm1, tmm4, tmm7", options(nostack, preserves_flags));
+                asm!("tdpbf16ps tmm1, tmm4, tmm7", "tilezero tmm4", options(nostack, preserves_flags));
                 if TWO {
                     tile!("tileloadd tmm5, [{p} + {l}*1]", low.wrapping_add(t * LINE), a_line);
                     asm!("tdpbf16ps tmm2, tmm5, tmm6", options(nostack, preserves_flags));
                     asm!("tdpbf16ps tmm3, tmm5, tmm7", options(nostack, preserves_flags));
                 }
+                // The pool of tiles is small; see `amx`.
+                asm!("tilezero tmm5", "tilezero tmm6", "tilezero tmm7", options(nostack, preserves_flags));
             }
             tile!("tilestored [{p} + {l}*1], tmm0", c, c_line);
             tile!("tilestored [{p} + {l}*1 + 64], tmm1", c, c_line);

@@ -476,7 +476,12 @@ fn length(row: &[bf16]) -> f32 {
         }
     }
     let rest: f32 = rest.iter().map(|x| x.to_f32() * x.to_f32()).sum();
-    let sum = rest + sums.iter().sum::<f32>();
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            sums[i] += sums[i + half];
+        }
+    }
+    let sum = rest + sums[0];
     if sum.is_nan() { f32::INFINITY } else { sum.sqrt() * 1.000_1 }
 }
 
