@@ -1,6 +1,6 @@
 //! Speed of the chunked recurrences, against the bf16 GEMM rate of this machine in the same run.
 //!
-//! `cargo run --release -p foveal-kernels --example recur_bench [gates|long]`
+//! `cargo run --release -p foveal-kernels --example recur_bench [gates|long|NAME OF A GATE] [TOKENS]`
 
 use foveal_kernels::recur::{Gate, Recur};
 use foveal_kernels::{Isa, PackedLinear, View, ViewMut, WeightFormat, Work};
@@ -11,30 +11,41 @@ fn noise(n: usize) -> impl Iterator<Item = f32> {
     (0..n).map(|i| ((i * 2_654_435_761) % 1000) as f32 / 1000.0 - 0.5)
 }
 
-/// Median seconds of `runs` calls after one to warm up.
-fn median(runs: usize, mut f: impl FnMut()) -> f64 {
+/// Seconds of a call.
+fn seconds(f: impl FnOnce()) -> f64 {
+    let start = Instant::now();
     f();
-    let mut s: Vec<f64> = (0..runs)
-        .map(|_| {
-            let start = Instant::now();
-            f();
-            start.elapsed().as_secs_f64()
-        })
-        .collect();
-    s.sort_by(f64::total_cmp);
-    s[runs / 2]
+    start.elapsed().as_secs_f64()
 }
 
-/// GFLOP/s of a large product in bf16 on all threads.
-fn gemm_rate() -> f64 {
-    let n = 2048;
-    let x: Vec<f32> = noise(n * n).collect();
-    let w = PackedLinear::pack(&x, n, n, WeightFormat::Bf16).expect("shape");
-    let mut y = vec![0.0; n * n];
-    let s = median(9, || {
-        w.forward(&x, n, &mut y, Isa::active()).expect("shape");
-    });
-    2e-9 * (n * n * n) as f64 / s
+fn median(mut x: Vec<f64>) -> f64 {
+    x.sort_by(f64::total_cmp);
+    x[x.len() / 2]
+}
+
+/// A large product in bf16 on all threads.
+struct Gemm {
+    x: Vec<f32>,
+    w: PackedLinear,
+    y: Vec<f32>,
+}
+
+impl Gemm {
+    const N: usize = 2048;
+
+    fn new() -> Self {
+        let n = Self::N;
+        let x: Vec<f32> = noise(n * n).collect();
+        let w = PackedLinear::pack(&x, n, n, WeightFormat::Bf16).expect("shape");
+        Gemm { x, w, y: vec![0.0; n * n] }
+    }
+    /// GFLOP/s of one call.
+    fn rate(&mut self) -> f64 {
+        let s = seconds(|| {
+            self.w.forward(&self.x, Self::N, &mut self.y, Isa::active()).expect("shape");
+        });
+        2e-9 * (Self::N as f64).powi(3) / s
+    }
 }
 
 const H: usize = 8;
@@ -71,19 +82,20 @@ impl Inputs {
 
 fn main() {
     let only = std::env::args().nth(1);
-    let wanted = |part: &str| only.as_deref().is_none_or(|o| o == part);
-    let ceiling = gemm_rate();
-    println!("{} threads, {}: bf16 GEMM 2048^3 {ceiling:.0} GFLOP/s", rayon::current_num_threads(), Isa::active());
-    if wanted("gates") {
-        gates(ceiling);
+    println!("{} threads, {}", rayon::current_num_threads(), Isa::active());
+    if only.as_deref() != Some("long") {
+        let t = std::env::args().nth(2).and_then(|t| t.parse().ok()).unwrap_or(8192);
+        gates(only.as_deref(), t);
     }
-    if wanted("long") {
+    if only.as_deref().is_none_or(|o| o == "long") {
         long();
     }
 }
 
-fn gates(ceiling: f64) {
-    let x = Inputs::new(8192);
+/// Every gate, or the one named, in turns with the product that it is held against.
+fn gates(only: Option<&str>, t: usize) {
+    let mut gemm = Gemm::new();
+    let x = Inputs::new(t);
     let fixed_ssd = vec![-1.0f32; H];
     let fixed: Vec<f32> = (0..H * D * 16).map(|i| -(1.0 + (i % 16) as f32)).collect();
     let dt: Vec<f32> = x.channel.iter().map(|g| -g).collect();
@@ -102,24 +114,46 @@ fn gates(ceiling: f64) {
         ("ssd", Gate::Ssd { dt: x.view(&dt_one), a: &fixed_ssd }),
         ("selective, D 16", Gate::Selective { dt: x.view(&dt), a: &fixed }),
     ];
-    println!("H {H}, D {D}, T {}, bf16: forward, then backward", x.t);
+    println!(
+        "H {H}, D {D}, T {}, bf16: forward, then backward; percent of the bf16 product 2048^3 in turns with it",
+        x.t
+    );
     for (name, gate) in list {
+        if only.is_some_and(|o| o != "gates" && o != name) {
+            continue;
+        }
         let selective = matches!(gate, Gate::Selective { .. });
         let (q, k) = if selective { (x.view(&narrow), x.view(&narrow)) } else { (x.view(&x.q), k) };
         let v = x.view(&x.v);
         let r = Recur::new(gate, 0.125);
         let mut out = vec![0f32; H * x.t * D];
-        let mut work = Work::default();
-        let s = median(9, || {
-            let mut o = ViewMut::contiguous("out", &mut out, [1, H, x.t, D]).expect("shape");
-            work = r.forward(&q, &k, &v, None, &mut o, None).expect("shape");
-        });
-        let rate = 1e-9 * work.flops as f64 / s;
-        print!("{name:16} {:7.2} ms {rate:6.0} GFLOP/s {:3.0}% of GEMM", 1e3 * s, 100.0 * rate / ceiling);
-        let dout = x.view(&out);
-        let s = median(5, || work = r.backward(&q, &k, &v, None, &dout, None).expect("shape").1);
-        let rate = 1e-9 * work.flops as f64 / s;
-        println!("  {:7.2} ms {rate:6.0} GFLOP/s {:3.0}%", 1e3 * s, 100.0 * rate / ceiling);
+        let dout: Vec<f32> = noise(out.len()).collect();
+        let (mut times, mut ceilings, mut flops) = ([vec![], vec![]], vec![], [0.0; 2]);
+        for round in 0..12 {
+            let ceiling = gemm.rate();
+            let mut work = Work::default();
+            let forward = seconds(|| {
+                let mut o = ViewMut::contiguous("out", &mut out, [1, H, x.t, D]).expect("shape");
+                work = r.forward(&q, &k, &v, None, &mut o, None).expect("shape");
+            });
+            flops[0] = 1e-9 * work.flops as f64;
+            let dout = x.view(&dout);
+            let backward = seconds(|| work = r.backward(&q, &k, &v, None, &dout, None).expect("shape").1);
+            flops[1] = 1e-9 * work.flops as f64;
+            // The first round warms up.
+            if round > 0 {
+                ceilings.push(ceiling);
+                times[0].push(forward);
+                times[1].push(backward);
+            }
+        }
+        print!("{name:16}");
+        for (s, flops) in times.into_iter().zip(flops) {
+            let share = median(s.iter().zip(&ceilings).map(|(s, c)| 100.0 * flops / s / c).collect());
+            let s = median(s);
+            print!("  {:7.2} ms {:4.0} GFLOP/s {share:3.0}%", 1e3 * s, flops / s);
+        }
+        println!("  product {:.0} GFLOP/s", median(ceilings));
     }
 }
 
@@ -145,11 +179,14 @@ fn long() {
         out.fill(1.0);
         let before = resident();
         let mut top = before;
-        let s = median(3, || {
-            let mut o = ViewMut::contiguous("out", &mut out, [1, 1, t, D]).expect("shape");
-            r.forward(&q, &k, &v, None, &mut o, None).expect("shape");
-            top = top.max(resident());
-        });
+        let call = |_| {
+            seconds(|| {
+                let mut o = ViewMut::contiguous("out", &mut out, [1, 1, t, D]).expect("shape");
+                r.forward(&q, &k, &v, None, &mut o, None).expect("shape");
+                top = top.max(resident());
+            })
+        };
+        let s = median((0..5).map(call).collect());
         println!(
             "T {t:8}: {:8.2} ms, {:.1} ns a token, memory beyond inputs and output {:.1} MiB",
             1e3 * s,

@@ -162,6 +162,12 @@ impl<T> Rows<'_, T> {
         self.ptr.wrapping_add(b * self.strides[0] + h * self.strides[1] + t * self.strides[2])
     }
 
+    /// Elements from token to token.
+    #[inline]
+    pub(crate) fn token_stride(&self) -> usize {
+        self.strides[2]
+    }
+
     /// Row of token `t`.
     ///
     /// # Safety

@@ -421,12 +421,13 @@ impl Chunk {
         }
     }
 
-    /// S ← S after the chunk.
-    pub(super) fn advance(&mut self, eng: &mut Engine, s: &mut Mat) {
+    /// S ← S after the chunk. `exact` splits operands: for the gradient of a decay, and where what is read goes
+    /// back into the state, which would carry errors on.
+    pub(super) fn advance(&mut self, eng: &mut Engine, s: &mut Mat, exact: bool) {
         self.decay_state(eng.isa, s);
         let rows = s.rows;
-        // The state carries its errors on.
-        let split = std::mem::replace(&mut eng.split, true);
+        let split = eng.split;
+        eng.split = split || exact || self.rule != Rule::Add;
         for w in 0..self.writer_count() {
             self.writer_to_end(eng, w);
             eng.mm(Op::Tn, Tri::Full, 1.0, self.ended(w), self.values[w].top(self.np), s.top_mut(rows), true);

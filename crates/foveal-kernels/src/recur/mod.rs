@@ -669,7 +669,7 @@ impl<T: Element> Inputs<'_, T> {
             if let Some(kept) = &mut kept {
                 kept.extend_from_slice(s.all());
             }
-            c.advance(&mut eng, &mut s);
+            c.advance(&mut eng, &mut s, kept.is_some());
             work += self.chunk_work(part.len(), out.is_some());
         }
         if let Some(kept) = kept {
@@ -714,21 +714,26 @@ impl<T: Element> Inputs<'_, T> {
         let mut work = Work::default();
         for from in tokens.clone().step_by(CHUNK) {
             let n = (tokens.end - from).min(CHUNK);
-            let rows = |x: &View<T>| -> fast::RowsOf {
-                std::array::from_fn(|t| match t < n {
-                    true => self.row(x, *b, h, from + t).as_ptr().cast(),
-                    false => std::ptr::null(),
-                })
+            let rows = |x: &View<T>, from: usize| fast::RowsOf {
+                first: self.row(x, *b, h, from).as_ptr().cast::<u8>(),
+                line: std::mem::size_of::<T>() * x.strides[2],
             };
             let each = |x: &View<f32>| -> [f32; CHUNK] {
-                std::array::from_fn(|t| if t < n { self.row(x, *b, h, from + t)[0] } else { 0.0 })
+                let head = x.head(*b, shared(x.shape[1], self.plan.heads, h));
+                let mut r = [0.0; CHUNK];
+                for (to, x) in r.iter_mut().zip(head[from * x.strides[2]..].iter().step_by(x.strides[2].max(1)).take(n))
+                {
+                    *to = *x;
+                }
+                r
             };
             let mut chunk = fast::Input {
-                q: rows(self.q),
-                k: rows(self.k),
-                v: rows(self.v),
-                out: std::array::from_fn(|t| if t < n { out.row_ptr(*b, h, from + t) } else { std::ptr::null_mut() }),
+                q: rows(self.q, from),
+                k: rows(self.k, from),
+                v: rows(self.v, from),
+                out: fast::RowsOf { first: out.row_ptr(*b, h, from).cast(), line: 4 * out.token_stride() },
                 tokens: n,
+                coming: (tokens.end - from - n).min(CHUNK),
                 scale: self.call.scale,
                 g: self.call.gate.g().map(each),
                 strength: None,

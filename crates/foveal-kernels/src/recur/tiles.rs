@@ -129,7 +129,7 @@ mod imp {
             let (from, to) = (inner.start / 32, inner.end.div_ceil(32));
             for j in (0..cols / 16).step_by(2) {
                 let (a, b) = (pa.add((i * steps + from) * TILE), pb.add((j * steps + from) * TILE));
-                let term = Term { a, b, count: to - from, next: steps * TILE };
+                let term = Term::tiles(a, b, steps, to - from);
                 // high·high, high·low, low·high.
                 let mut terms = [term; 3];
                 let mut count = 1;
@@ -159,15 +159,29 @@ mod imp {
         pub(in super::super) add: bool,
     }
 
-    /// A product to be summed into a square.
+    /// A product to be summed into a square; distances in bytes.
     #[derive(Clone, Copy)]
     pub(in super::super) struct Term {
         pub(in super::super) a: *const u8,
+        /// From row to row, inner step to inner step and to the second row tile of A.
+        pub(in super::super) a_line: usize,
+        pub(in super::super) a_step: usize,
+        pub(in super::super) a_next: usize,
+        /// Packed tiles, those of successive steps after each other.
         pub(in super::super) b: *const u8,
-        /// Inner steps of 32; tiles of successive steps follow each other.
+        /// To the second column tile of B.
+        pub(in super::super) b_next: usize,
+        /// Inner steps of 32.
         pub(in super::super) count: usize,
-        /// Bytes to the second row tile of A and column tile of B.
-        pub(in super::super) next: usize,
+    }
+
+    impl Term {
+        /// Both operands packed, with `steps` tiles for a row tile of A or column tile of B.
+        #[inline(always)]
+        pub(in super::super) fn tiles(a: *const u8, b: *const u8, steps: usize, count: usize) -> Self {
+            let next = steps * TILE;
+            Term { a, a_line: LINE, a_step: TILE, a_next: next, b, b_next: next, count }
+        }
     }
 
     /// C = [C +] Σ A·B for one or two row tiles (`A2`) and column tiles (`B2`), over all `terms`.
@@ -199,20 +213,24 @@ mod imp {
             let (mut a, mut b) = (term.a, term.b);
             for _ in 0..term.count {
                 tile!("tileloadd tmm6, [{p} + {l}*1]", b, LINE);
-                tile!("tileloadd tmm4, [{p} + {l}*1]", a, LINE);
+                tile!("tileloadd tmm4, [{p} + {l}*1]", a, term.a_line);
                 asm!("tdpbf16ps tmm0, tmm4, tmm6", options(nostack, preserves_flags));
                 if B2 {
-                    tile!("tileloadd tmm7, [{p} + {l}*1]", b.wrapping_add(term.next), LINE);
+                    tile!("tileloadd tmm7, [{p} + {l}*1]", b.wrapping_add(term.b_next), LINE);
                     asm!("tdpbf16ps tmm1, tmm4, tmm7", options(nostack, preserves_flags));
                 }
+                // Tiles are given back as soon as they are used: see `crate::amx`.
+                asm!("tilezero tmm4", options(nostack, preserves_flags));
                 if A2 {
-                    tile!("tileloadd tmm5, [{p} + {l}*1]", a.wrapping_add(term.next), LINE);
+                    tile!("tileloadd tmm5, [{p} + {l}*1]", a.wrapping_add(term.a_next), term.a_line);
                     asm!("tdpbf16ps tmm2, tmm5, tmm6", options(nostack, preserves_flags));
                 }
+                asm!("tilezero tmm6", options(nostack, preserves_flags));
                 if A2 && B2 {
                     asm!("tdpbf16ps tmm3, tmm5, tmm7", options(nostack, preserves_flags));
                 }
-                a = a.wrapping_add(TILE);
+                asm!("tilezero tmm5", "tilezero tmm7", options(nostack, preserves_flags));
+                a = a.wrapping_add(term.a_step);
                 b = b.wrapping_add(TILE);
             }
         }
@@ -226,6 +244,8 @@ mod imp {
         if A2 && B2 {
             tile!("tilestored [{p} + {l}*1 + 64], tmm3", low, p.c_line);
         }
+        asm!("tilezero tmm0", "tilezero tmm1", options(nostack, preserves_flags));
+        asm!("tilezero tmm2", "tilezero tmm3", options(nostack, preserves_flags));
     }
 
     /// Two vectors of f32 as one of bf16.
@@ -236,13 +256,13 @@ mod imp {
 
     /// 16 bf16, the lower or upper half of a vector, widened.
     #[inline(always)]
-    pub(in super::super) unsafe fn widen_half<const UPPER: i32>(x: __m512i) -> __m512 {
+    unsafe fn widen_half<const UPPER: i32>(x: __m512i) -> __m512 {
         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64::<UPPER>(x))))
     }
 
     /// x in the low and y in the high half of the result, as bf16, and what the rounding left.
     #[inline(always)]
-    pub(in super::super) unsafe fn round<const SPLIT: bool>(x: __m512, y: __m512) -> (__m512i, __m512i) {
+    unsafe fn round<const SPLIT: bool>(x: __m512, y: __m512) -> (__m512i, __m512i) {
         let high = narrow(y, x);
         if !SPLIT {
             return (high, _mm512_setzero_si512());
@@ -393,4 +413,4 @@ mod imp {
 
 pub(super) use imp::Pack;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-pub(super) use imp::{LINE, Square, TILE, Term, interleave, narrow, round, square, widen_half};
+pub(super) use imp::{LINE, Square, TILE, Term, interleave, narrow, square};
