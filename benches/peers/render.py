@@ -7,6 +7,7 @@ GOALS = {
     "f32": 1.2,
     "bf16 64": 1.4,
     "bf16 128": 1.2,
+    "backward": 1.2,
     "prefill 512": 1.0,
     "prefill 2048": 1.5,
     "prefill 8192": 2.5,
@@ -44,9 +45,9 @@ def sdpa(result, limits=None):
         own, their = (r["flops"] / r[side]["median"] / 1e6 for side in ("ours", "theirs"))
         ceiling = product_rate(limits, dtype)
         share = f"{100 * own / ceiling:.0f}%" if ceiling else ""
-        if share and dtype == "bf16" and width in SHARES:
+        if share and dtype == "bf16" and width in SHARES and "backward" not in r["what"]:
             share += f" ({SHARES[width]}%)"
-        key = dtype if dtype == "f32" else f"{dtype} {width}"
+        key = "backward" if "backward" in r["what"] else dtype if dtype == "f32" else f"{dtype} {width}"
         ratio = [f"{r['ratio']:.2f}", goal(key)]
         rows.append([f"{dtype} {r['what']}", spread(r["ours"]), spread(r["theirs"]), *ratio, f"{own:.0f}", f"{their:.0f}", share])
     head = ["ms, median (spread)", "foveal", "PyTorch", "ratio", "goal", "our GFLOP/s", "their GFLOP/s", "of the product rate (goal)"]
@@ -96,6 +97,11 @@ def page(data):
         )
         body = about + sdpa(r, data.get("ceilings"))
         text += section("Exact attention against PyTorch's scaled_dot_product_attention", "python benches/peers/sdpa.py", r, body)
+    if "sdpa_backward" in data:
+        r = data["sdpa_backward"]
+        about = "As above; FLOPs are 14·B·H·T²·D. Our gradients are f32 in both types, PyTorch's of the type of its input.\n\n"
+        command = "python benches/peers/sdpa.py --backward"
+        text += section("Forward and backward", command, r, about + sdpa(r, data.get("ceilings")))
     if "llama_speed" in data:
         r = data["llama_speed"]
         weights = "repacked for the instruction set" if r["theirs"]["repacked_weights"] else "as stored, which is not its fastest"

@@ -18,7 +18,14 @@ import tempfile
 import common
 import render
 
-PARTS = ["ceilings", "sdpa", "llama_speed"]
+# What each part runs; the model's path goes to those that need one.
+PARTS = {
+    "ceilings": ["ceilings.py"],
+    "sdpa": ["sdpa.py"],
+    "sdpa_backward": ["sdpa.py", "--backward"],
+    "llama_speed": ["llama_speed.py"],
+}
+NEED_A_MODEL = ["llama_speed"]
 
 
 def main():
@@ -30,16 +37,17 @@ def main():
     argv = sys.argv[1:]
     rest = argv[argv.index("--") + 1 :] if "--" in argv else []
     a = parser.parse_args(argv[: argv.index("--")] if "--" in argv else argv)
-    parts = [] if a.render else a.only or PARTS
-    if "llama_speed" in parts and a.model is None:
-        parser.error("llama_speed needs a GGUF file")
+    parts = [] if a.render else a.only or list(PARTS)
+    if a.model is None and any(part in NEED_A_MODEL for part in parts):
+        parser.error(f"{', '.join(NEED_A_MODEL)} needs a GGUF file")
     data = json.loads(a.out.read_text()) if a.out.exists() else {}
     here = pathlib.Path(__file__).parent
     for part in parts:
         with tempfile.TemporaryDirectory() as folder:
             figures = pathlib.Path(folder) / "figures.json"
-            model = [str(a.model)] if part == "llama_speed" else []
-            command = [sys.executable, str(here / f"{part}.py"), *model, "--json", str(figures), *rest]
+            script, *options = PARTS[part]
+            model = [str(a.model)] if part in NEED_A_MODEL else []
+            command = [sys.executable, str(here / script), *model, *options, "--json", str(figures), *rest]
             subprocess.run(command, check=True)
             data[part] = json.loads(figures.read_text())
         common.write_json(a.out, data)

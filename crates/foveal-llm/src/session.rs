@@ -137,14 +137,16 @@ impl<'m> Session<'m> {
             return Err(LlmError::Input { problem: "no tokens to append; give at least one".into() });
         }
         let begin = Instant::now();
-        let x = self.model.embed(tokens)?;
-        self.broken = true;
         // On a thread of the pool: from outside, each of some hundred parallel calls of a step would put this
         // thread to sleep and wake it again.
-        let done = rayon::scope(|_| self.run(x, tokens.len(), begin))?;
-        self.broken = false;
-        self.len += tokens.len();
-        Ok(done)
+        rayon::scope(|_| {
+            let x = self.model.embed(tokens)?;
+            self.broken = true;
+            let done = self.run(x, tokens.len(), begin)?;
+            self.broken = false;
+            self.len += tokens.len();
+            Ok(done)
+        })
     }
 
     fn run(&mut self, mut x: Vec<f32>, n: usize, begin: Instant) -> Result<Extended> {
