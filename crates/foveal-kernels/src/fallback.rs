@@ -11,10 +11,6 @@ pub(crate) enum Reason {
     AttendScale = 1,
     /// So few queries share a list of keys that AMX tiles would stay nearly empty.
     AttendFewQueries = 2,
-    /// Attention on AMX tiles knows the softmax only.
-    AttendSigmoid = 8,
-    /// The gradient of a dense bias is taken from scores in f32.
-    AttendBiasGradient = 16,
     /// Linear layers in int8 want AVX-512 VNNI and finite inputs.
     LinearInteger = 4,
 }
@@ -29,12 +25,6 @@ impl Reason {
             Reason::AttendFewQueries => {
                 "bf16 attention of four or fewer queries to a list of keys runs in f32, not on AMX tiles; \
                  larger query blocks run on tiles"
-            }
-            Reason::AttendSigmoid => {
-                "bf16 attention with a sigmoid runs in f32, not on AMX tiles; the softmax runs on tiles"
-            }
-            Reason::AttendBiasGradient => {
-                "the backward pass of bf16 attention runs in f32, not on AMX tiles, where the gradient of a bias is asked for"
             }
             Reason::LinearInteger => {
                 "an int8 linear layer runs on floating point: the integer path needs AVX-512 VNNI and finite inputs"

@@ -1,6 +1,6 @@
 //! Exact attention over per-query-group key lists.
 
-use crate::attend::{Attend, AttendGrads, Source, Upstream, backward, check_heads, check_shapes, drive};
+use crate::attend::{Attend, AttendGrads, Source, Upstream, backward, check_shapes, drive};
 use crate::error::{KernelError, Result};
 use crate::table::KeyLists;
 use crate::view::{Element, View, ViewMut};
@@ -25,7 +25,7 @@ pub fn attend_indexed<T: Element>(
 ) -> Result<Work> {
     const OP: &str = "attend_indexed";
     check_shapes(OP, q.shape, k.shape, v.shape, out.shape)?;
-    let source = source(OP, params, lists, q.shape, k.shape[2])?;
+    let source = source(OP, params, lists)?;
     drive::run(OP, params, source, q, k, v, out, lse)
 }
 
@@ -41,26 +41,14 @@ pub fn attend_indexed_backward<T: Element>(
 ) -> Result<Work> {
     const OP: &str = "attend_indexed_backward";
     check_shapes(OP, q.shape, k.shape, v.shape, up.out.shape)?;
-    let source = source(OP, params, lists, q.shape, k.shape[2])?;
+    let source = source(OP, params, lists)?;
     backward::run(OP, params, source, [q, k, v], up, grads)
 }
 
-/// The lists, and the table beside them, once they are checked.
-fn source<'a>(
-    op: &'static str,
-    params: &'a Attend,
-    lists: &'a KeyLists,
-    [b, h, tq, _]: [usize; 4],
-    tk: usize,
-) -> Result<Source<'a>> {
-    check_heads(op, "key lists", lists.heads.len(), b * h)?;
-    for l in &lists.heads {
-        l.check(tq, tk)?;
-    }
+/// The lists, and the table beside them if the two go together.
+fn source<'a>(op: &'static str, params: &'a Attend, lists: &'a KeyLists) -> Result<Source<'a>> {
     let Some(t) = params.table else { return Ok(Source::Keys(&lists.heads)) };
-    check_heads(op, "block table", t.heads.len(), b * h)?;
     for (t, l) in t.heads.iter().zip(&lists.heads) {
-        t.check(tq, tk)?;
         if t.rows.is_some() {
             return Err(KernelError::Param {
                 op,
@@ -69,7 +57,8 @@ fn source<'a>(
                 remedy: "key lists join a table without row masks; merge two calls".into(),
             });
         }
-        if !t.block_q.is_multiple_of(l.group) && !l.group.is_multiple_of(t.block_q) {
+        // Groups and blocks of no queries are refused where tables and lists are checked.
+        if l.group > 0 && t.block_q > 0 && !t.block_q.is_multiple_of(l.group) && !l.group.is_multiple_of(t.block_q) {
             return Err(KernelError::Param {
                 op,
                 name: "group",

@@ -33,7 +33,7 @@ pub mod twin;
 pub mod view;
 pub mod work;
 
-pub use attend::{Attend, AttendGrads, Bias, Normalizer, Upstream};
+pub use attend::{Attend, AttendGrads, Band, Bias, BiasGrad, CuSeqlens, Normalizer, Upstream};
 pub use error::{KernelError, Result};
 pub use indexed::{attend_indexed, attend_indexed_backward};
 pub use isa::Isa;

@@ -4,6 +4,8 @@
 //! that both (B,H,T,D) and (B,T,H,D) memory is read in place.
 
 use crate::error::{KernelError, Result};
+use rayon::prelude::*;
+use std::ops::Range;
 
 /// Storage element of q, k and v. Arithmetic is always f32.
 pub trait Element: Copy + Send + Sync + 'static {
@@ -80,6 +82,16 @@ impl<'a, T: Copy> View<'a, T> {
         &self.data[at..at + self.shape[3]]
     }
 
+    /// These tokens, and these channels of them.
+    pub(crate) fn part(&self, tokens: Range<usize>, channels: Range<usize>) -> Self {
+        debug_assert!(tokens.end <= self.shape[2] && channels.end <= self.shape[3]);
+        let [b, h, ..] = self.shape;
+        let at = tokens.start * self.strides[2] + channels.start;
+        // An empty part may start past the end.
+        let data = self.data.get(at..).unwrap_or(&[]);
+        Self { data, shape: [b, h, tokens.len(), channels.len()], strides: self.strides }
+    }
+
     /// The memory from token 0 of one head on, with the token stride in `strides[2]`.
     #[inline]
     pub fn head(&self, b: usize, h: usize) -> &'a [T] {
@@ -147,13 +159,39 @@ pub(crate) struct Rows<'a, T> {
     _life: std::marker::PhantomData<&'a mut [T]>,
 }
 
+impl Rows<'_, f32> {
+    /// Zero it all, while nobody else has rows of it.
+    pub(crate) fn clear(&self) {
+        let [b, h, t, _] = self.shape;
+        (0..b * h).into_par_iter().for_each(|bh| {
+            for i in 0..t {
+                // SAFETY: this task alone has these rows, each once.
+                unsafe { self.row_mut(bh / h, bh % h, i).fill(0.0) };
+            }
+        });
+    }
+}
+
 // SAFETY: `Rows` only hands out rows through `row_mut`, whose caller promises that no two
 // threads ask for the same row; rows are disjoint by the check in `ViewMut::new`.
 unsafe impl<T: Send> Sync for Rows<'_, T> {}
 // SAFETY: as above; the handle is a pointer into a uniquely borrowed slice.
 unsafe impl<T: Send> Send for Rows<'_, T> {}
 
-impl<T> Rows<'_, T> {
+impl<'a, T> Rows<'a, T> {
+    /// As [`View::part`].
+    pub(crate) fn part(&self, tokens: Range<usize>, channels: Range<usize>) -> Rows<'a, T> {
+        debug_assert!(tokens.end <= self.shape[2] && channels.end <= self.shape[3]);
+        let [b, h, ..] = self.shape;
+        let ptr = self.ptr.wrapping_add(tokens.start * self.strides[2] + channels.start);
+        Rows { ptr, shape: [b, h, tokens.len(), channels.len()], strides: self.strides, _life: self._life }
+    }
+
+    /// (batch, heads, tokens, head_dim).
+    pub(crate) fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+
     /// Where the row of token `t` starts, for tasks that share a row.
     #[inline]
     pub(crate) fn row_ptr(&self, b: usize, h: usize, t: usize) -> *mut T {

@@ -6,7 +6,9 @@
 #[path = "common/problem.rs"]
 mod problem;
 
-use foveal_kernels::{Attend, Bias, BlockTable, Element, HeadKeys, HeadTable, Isa, KeyLists, View, ViewMut, Work};
+use foveal_kernels::{
+    Attend, Band, Bias, BlockTable, CuSeqlens, Element, HeadKeys, HeadTable, Isa, KeyLists, View, ViewMut, Work,
+};
 use foveal_kernels::{attend_indexed, merge_row, twin};
 use half::bf16;
 use problem::*;
@@ -89,7 +91,7 @@ fn check_as<T: Element>(
         f64::from(p.scale),
         p.softcap.map(f64::from),
         sinks.as_deref(),
-        &|b, h, i, j| f64::from(bias_of(s, p, b, h, i, j)),
+        &|b, h, i, j| bias64_of(s, p, b, h, i, j),
         &visible,
     );
     let top = want_lse.iter().filter(|x| x.is_finite()).fold(1f64, |m, x| m.max(x.abs()));
@@ -125,9 +127,7 @@ fn check(s: Shape, p: &Attend, lists: Option<&KeyLists>, visible: &dyn Fn(usize,
 
 #[test]
 fn head_widths() {
-    for (d, dv) in
-        [(1, 1), (5, 3), (16, 70), (70, 16), (7, 64), (64, 64), (80, 80), (96, 32), (128, 128), (256, 256), (33, 65)]
-    {
+    for (d, dv) in WIDTHS {
         let s = Shape { d, dv, tq: 37, tk: 101, ..BASE };
         check(s, &scaled(s).causal(true), None, &all);
         check(s, &scaled(s), None, &all);
@@ -171,6 +171,37 @@ fn windows() {
             check(s, &scaled(s).causal(true).window(Some(w)), None, &all);
         }
     }
+}
+
+#[test]
+fn bands() {
+    for (tq, tk) in [(150, 150), (70, 260), (130, 60), (3, 90), (260, 70)] {
+        for (left, right) in [(1, 0), (0, 5), (0, 0), (17, 3), (1, 64), (64, usize::MAX), (usize::MAX, 20), (90, 90)] {
+            let s = Shape { tq, tk, d: 24, dv: 16, ..BASE };
+            check(s, &scaled(s).band(Some(Band { left, right })), None, &all);
+        }
+    }
+    // Causality takes the right part away, and what a window says is then the same.
+    let s = Shape { tq: 100, tk: 130, ..BASE };
+    let x = data::<f32>(s);
+    let band = Some(Band { left: 30, right: 9 });
+    let [a, b, c] =
+        [scaled(s).causal(true).band(band), scaled(s).window(Some(30)), scaled(s).causal(true).window(Some(30))]
+            .map(|p| call(s, &x, &p, None));
+    assert!(a == b && b == c);
+}
+
+/// A band costs what it holds, however long the sequence.
+#[test]
+fn work_of_a_band_is_linear() {
+    let pairs = |t: usize, band| {
+        let s = Shape { h: 1, tq: t, tk: t, d: 4, dv: 4, ..BASE };
+        call(s, &data::<f32>(s), &scaled(s).band(Some(band)), None).2.pairs
+    };
+    let band = Band { left: 33, right: 32 };
+    let (a, b, c) = (pairs(1024, band), pairs(2048, band), pairs(3072, band));
+    assert_eq!(c - b, b - a);
+    assert_eq!(b - a, 1024 * (64 + 64), "a work tile of 64 queries sees 64 more keys than one query");
 }
 
 #[test]
@@ -245,6 +276,162 @@ fn biases() {
 }
 
 #[test]
+fn biases_of_keys_distances_and_factors() {
+    for (tq, tk, b, group, rank) in [(2, 130, 1, 2, 3), (40, 70, 2, 2, 8), (150, 60, 1, 1, 17), (30, 300, 1, 3, 1)] {
+        let s = Shape { b, h: 2 * group, hkv: 2, tq, tk, d: 12, dv: 8, ..BASE };
+        // Distances clipped on both sides, and none clipped.
+        for (n, left, others) in [(40, 30, true), (1, 0, false), (tq + tk, tq.max(tk), false)] {
+            let x = Biases::of(s, n, rank);
+            for bias in x.all(s, left).into_iter().filter(|b| others || matches!(b, Bias::Relative { .. })) {
+                let p = scaled(s).causal(true).bias(Some(bias));
+                check(s, &p, None, &all);
+                let mut p = Attend::new(0.3).band(Some(Band { left: 50, right: 30 })).bias(Some(bias));
+                p.softcap = Some(3.0);
+                check(s, &p, None, &all);
+            }
+        }
+    }
+    // Keys here and there.
+    let s = Shape { tq: 70, tk: 390, d: 8, dv: 8, ..BASE };
+    let x = Biases::of(s, 50, 5);
+    let mut r = Rng(3);
+    let (l, t) = (random_lists(s, &mut r, 32, 60), random_table(s, &mut r, 16, 24, 0.3, true));
+    for bias in x.all(s, 25) {
+        let p = scaled(s).bias(Some(bias));
+        check(s, &p, Some(&l), &|b, h, i, j| in_lists(s, &l, b, h, i, j));
+        check(s, &p.table(Some(&t)), None, &|b, h, i, j| in_table(s, &t, b, h, i, j));
+    }
+}
+
+/// Factors are what q and k would be with the factors appended.
+#[test]
+fn factors_are_channels_more() {
+    let s = Shape { tq: 70, tk: 130, h: 2, hkv: 2, d: 20, ..BASE };
+    let (x, f, r) = (data::<f32>(s), Biases::of(s, 1, 4), 4);
+    let append = |x: &[f32], f: &[f32], factor: f32| -> Vec<f32> {
+        x.chunks(s.d)
+            .zip(f.chunks(r))
+            .flat_map(|(x, f)| x.iter().copied().chain(f.iter().map(move |f| f * factor)))
+            .collect()
+    };
+    let scale = scaled(s).scale;
+    let wide =
+        Data { q: append(&x.q, &f.factors[0], 1.0 / scale), k: append(&x.k, &f.factors[1], 1.0), v: x.v.clone() };
+    for isa in Isa::available() {
+        let p = Attend::new(scale).causal(true).isa(isa);
+        let (want, want_lse, _) = call(Shape { d: s.d + r, ..s }, &wide, &p, None);
+        let (got, lse, work) = call(s, &x, &p.bias(Some(f.all(s, 0)[3])), None);
+        let near = |a: &[f32], b: &[f32]| worst(a.iter().map(|&x| f64::from(x)), &f64s(b)) < 3e-6;
+        assert!(near(&got, &want) && near(&lse, &want_lse), "{isa}");
+        assert_eq!(work.flops, 2 * work.pairs * (s.d + r + s.dv) as u64);
+    }
+}
+
+const RAGGED: [[&[usize]; 2]; 3] =
+    [[&[70, 1, 0, 130, 33], &[70, 40, 5, 130, 33]], [&[3, 200, 17], &[250, 0, 60]], [&[64, 64, 64], &[64, 32, 128]]];
+
+#[test]
+fn ragged_batches() {
+    for [q, k] in RAGGED {
+        let (q, k) = (bounds(q), bounds(k));
+        let s = Shape { h: 4, hkv: 2, tq: q[q.len() - 1], tk: k[k.len() - 1], d: 24, dv: 16, ..BASE };
+        let ragged = |p: Attend<'static>| p.cu_seqlens(Some(CuSeqlens { q: q.clone().leak(), k: k.clone().leak() }));
+        check(s, &ragged(scaled(s)), None, &all);
+        check(s, &ragged(scaled(s).causal(true)), None, &all);
+        let mut p = ragged(scaled(s).band(Some(Band { left: 30, right: 9 })));
+        let sinks = [0.5, -2.0, 0.0, 3.0];
+        p.softcap = Some(4.0);
+        p.sinks = Some(&sinks);
+        check(s, &p, None, &all);
+        let x = Biases::of(s, 60, 6);
+        for bias in x.all(s, 20) {
+            check(s, &ragged(scaled(s).causal(true)).bias(Some(bias)), None, &all);
+        }
+        let longest = k.windows(2).map(|w| w[1] - w[0]).max().unwrap();
+        let dense: Vec<f32> = (0..s.h * s.tq * longest).map(|i| (i as f32 * 0.37).sin()).collect();
+        let view = View::contiguous("bias", &dense, [1, s.h, s.tq, longest]).unwrap();
+        check(s, &ragged(scaled(s)).bias(Some(Bias::Dense(view))), None, &all);
+        // A table and lists a sequence and head.
+        let mut r = Rng(4);
+        let (mut tables, mut lists) = (Vec::new(), Vec::new());
+        for (q, k) in q.windows(2).zip(k.windows(2)) {
+            let one = Shape { tq: q[1] - q[0], tk: k[1] - k[0], ..s };
+            tables.extend(random_table(one, &mut r, 16, 24, 0.5, true).heads);
+            lists.extend(if one.tk == 0 {
+                vec![HeadKeys::from_lists(16, vec![Vec::new(); one.tq.div_ceil(16)]); s.h]
+            } else {
+                random_lists(one, &mut r, 16, 30).heads
+            });
+        }
+        let place = |i: usize, j: usize| {
+            let n = q.windows(2).position(|w| (w[0]..w[1]).contains(&i)).unwrap();
+            (n, i - q[n], j - k[n])
+        };
+        let (tables, lists) = (BlockTable { heads: tables }, KeyLists { heads: lists });
+        let visible = |_: usize, h: usize, i: usize, j: usize| {
+            let (n, i, j) = place(i, j);
+            in_table(s, &tables, n, h, i, j)
+        };
+        check(s, &ragged(scaled(s).causal(true)).table(Some(&tables)), None, &visible);
+        let visible = |_: usize, h: usize, i: usize, j: usize| {
+            let (n, i, j) = place(i, j);
+            in_lists(s, &lists, n, h, i, j)
+        };
+        check(s, &ragged(scaled(s)), Some(&lists), &visible);
+    }
+}
+
+/// A ragged batch does what its sequences do by themselves, and nothing for padding.
+#[test]
+fn work_of_a_ragged_batch_is_that_of_its_sequences() {
+    for [q, k] in RAGGED {
+        let s = Shape { tq: q.iter().sum(), tk: k.iter().sum(), d: 8, dv: 8, ..BASE };
+        let cu = (bounds(q), bounds(k));
+        for p in [scaled(s), scaled(s).causal(true), scaled(s).window(Some(20))] {
+            let ragged = p.clone().cu_seqlens(Some(CuSeqlens { q: &cu.0, k: &cu.1 }));
+            let (.., whole) = call(s, &data::<f32>(s), &ragged, None);
+            let parts = q.iter().zip(k).map(|(&tq, &tk)| {
+                let one = Shape { tq, tk, ..s };
+                call(one, &data::<f32>(one), &p, None).2
+            });
+            assert_eq!(whole, parts.sum());
+        }
+    }
+}
+
+#[test]
+fn wrong_bounds_and_biases_are_refused() {
+    let s = Shape { tq: 30, tk: 40, ..BASE };
+    let x = data::<f32>(s);
+    let [q, k, v] = views(s, &x);
+    let mut out = vec![0f32; s.h * s.tq * s.dv];
+    let mut refused = |p: Attend, what: &str| {
+        let mut o = ViewMut::contiguous("out", &mut out, [s.b, s.h, s.tq, s.dv]).unwrap();
+        let e = p.run(&q, &k, &v, &mut o, None).map(|_| ()).unwrap_err().to_string();
+        assert!(e.contains(what), "{what}: {e}");
+    };
+    let p = scaled(s);
+    for (cu, what) in [
+        (CuSeqlens { q: &[0, 30], k: &[0, 20, 40] }, "bounds"),
+        (CuSeqlens { q: &[0, 20], k: &[0, 40] }, "cu_seqlens.q"),
+        (CuSeqlens { q: &[0, 30], k: &[1, 40] }, "cu_seqlens.k"),
+        (CuSeqlens { q: &[0, 20, 10, 30], k: &[0, 1, 2, 40] }, "ascending"),
+        (CuSeqlens { q: &[], k: &[] }, "cu_seqlens.q"),
+    ] {
+        refused(p.clone().cu_seqlens(Some(cu)), what);
+    }
+    let some = [0f32; 200];
+    let view = |shape| View::contiguous("bias", &some, shape).unwrap();
+    refused(p.clone().bias(Some(Bias::Relative { table: &some[..5], left: 0 })), "distances");
+    refused(p.clone().bias(Some(Bias::Relative { table: &some[..6], left: 3 })), "distance 0");
+    refused(p.clone().bias(Some(Bias::Keys(view([1, 2, 1, 39])))), "keys");
+    refused(p.clone().bias(Some(Bias::Keys(view([1, 1, 1, 40])))), "heads");
+    let factors = |r, n| Bias::Factors { q: view([1, 2, 30, 2]), k: view([1, 2, n, r]) };
+    refused(p.clone().bias(Some(factors(1, 40))), "rank");
+    refused(p.clone().bias(Some(factors(2, 39))), "key factors");
+}
+
+#[test]
 fn odd_scales() {
     for scale in [0.0, -0.3, 3.0] {
         check(BASE, &Attend::new(scale).causal(true), None, &all);
@@ -282,8 +469,7 @@ fn softcap_and_sinks() {
 #[test]
 fn block_tables() {
     let mut r = Rng(5);
-    let blocks = [(1, 1), (3, 5), (16, 16), (64, 64), (64, 1), (48, 32), (100, 64), (128, 128), (512, 512), (7, 200)];
-    for (bq, bk) in blocks {
+    for (bq, bk) in BLOCKS {
         for density in [0.0, 0.2, 0.6] {
             for causal in [false, true] {
                 let s = Shape { tq: 150, tk: 210, d: 8, dv: 8, ..BASE };
@@ -319,18 +505,9 @@ fn blocks_and_single_keys_in_one_pass() {
             let s = Shape { tq: 150, tk: 210, d: 8, dv: 8, ..BASE };
             let t = random_table(s, &mut r, bq, bk, 0.3, false);
             // Lists that name keys inside visited blocks too: these are visited once.
-            let heads: Vec<HeadKeys> = (0..s.b * s.h)
-                .map(|_| {
-                    let lists = (0..s.tq.div_ceil(group))
-                        .map(|_| (0..r.below(60)).map(|_| r.below(s.tk) as u32).collect())
-                        .collect();
-                    HeadKeys::from_lists(group, lists)
-                })
-                .collect();
-            let l = KeyLists { heads };
-            let visible = |b: usize, h: usize, i: usize, j: usize| {
-                in_table(s, &t, b, h, i, j) || l.heads[b * s.h + h].row(i / group).contains(&(j as u32))
-            };
+            let l = random_lists(s, &mut r, group, 60);
+            let visible =
+                |b: usize, h: usize, i: usize, j: usize| in_table(s, &t, b, h, i, j) || in_lists(s, &l, b, h, i, j);
             check(s, &scaled(s).causal(causal).window(window).table(Some(&t)), Some(&l), &visible);
         }
     }
@@ -342,18 +519,8 @@ fn key_lists() {
     for group in [1, 2, 3, 5, 16, 64, 100, 1000] {
         for causal in [false, true] {
             let s = Shape { b: 2, tq: 130, tk: 190, d: 40, dv: 24, ..BASE };
-            let heads: Vec<HeadKeys> = (0..s.b * s.h)
-                .map(|_| {
-                    let lists = (0..s.tq.div_ceil(group))
-                        .map(|_| (0..r.below(80)).map(|_| r.below(s.tk) as u32).collect())
-                        .collect();
-                    HeadKeys::from_lists(group, lists)
-                })
-                .collect();
-            let l = KeyLists { heads };
-            let visible = |b: usize, h: usize, i: usize, j: usize| {
-                l.heads[b * s.h + h].row(i / group).binary_search(&(j as u32)).is_ok()
-            };
+            let l = random_lists(s, &mut r, group, 80);
+            let visible = |b: usize, h: usize, i: usize, j: usize| in_lists(s, &l, b, h, i, j);
             check(s, &scaled(s).causal(causal), Some(&l), &visible);
         }
     }
@@ -364,16 +531,6 @@ fn strided_operands() {
     // (B, T, H, D) memory with gaps, against the same numbers laid out plainly.
     let s = Shape { b: 2, h: 4, hkv: 2, tq: 75, tk: 110, d: 20, dv: 12, ..BASE };
     let x = data::<f32>(s);
-    let spread = |x: &[f32], [b, h, t, d]: [usize; 4], pad: usize| {
-        let strides = [t * h * (d + pad), d + pad, h * (d + pad)];
-        let mut y = vec![f32::NAN; b * strides[0]];
-        for i in 0..b * h * t {
-            let (bi, hi, ti) = (i / (h * t), i / t % h, i % t);
-            let at = bi * strides[0] + hi * strides[1] + ti * strides[2];
-            y[at..at + d].copy_from_slice(&x[i * d..(i + 1) * d]);
-        }
-        (y, strides)
-    };
     let (qs, ks, vs, os) =
         ([s.b, s.h, s.tq, s.d], [s.b, s.hkv, s.tk, s.d], [s.b, s.hkv, s.tk, s.dv], [s.b, s.h, s.tq, s.dv]);
     let (q, qst) = spread(&x.q, qs, 3);
@@ -520,19 +677,8 @@ proptest! {
 
     /// Any shape, mask and table: the twin, the error rule, and counters within the dense call's.
     #[test]
-    fn any_problem(
-        seed in 0u64..1000,
-        (b, group, hkv) in (1usize..3, 1usize..4, 1usize..3),
-        (tq, tk) in (1usize..150, 0usize..200),
-        (d, dv) in (1usize..90, 1usize..90),
-        (causal, window) in (any::<bool>(), proptest::option::of(1usize..200)),
-        blocks in proptest::option::of((1usize..90, 1usize..150, 0f32..1.0, any::<bool>())),
-    ) {
-        let s = Shape { b, h: group * hkv, hkv, tq, tk, d, dv, std: 1.0, seed };
-        let p = scaled(s).causal(causal).window(window);
-        let table = blocks.map(|(bq, bk, density, marks)| {
-            random_table(s, &mut Rng(seed), bq, bk, density, marks && bq <= 64)
-        });
+    fn any_problem(any in problems(150, 200)) {
+        let (s, p, table) = (any.s, any.params(), any.table());
         let visible = |b: usize, h: usize, i: usize, j: usize| table.as_ref().is_none_or(|t| in_table(s, t, b, h, i, j));
         check(s, &p.clone().table(table.as_ref()), None, &visible);
         let x = data::<f32>(s);

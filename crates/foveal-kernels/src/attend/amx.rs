@@ -15,6 +15,8 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
+use super::Normalizer;
+use super::amx_sigmoid::visit_sigmoid;
 use super::drive::{Call, Scratch};
 use super::scope::{Source, WORK_TILE};
 use super::strip::{Finish, MAX_STRIP, NO_MAX};
@@ -152,29 +154,31 @@ unsafe fn scores_64(k: *const u8, k_line: usize, q: *const u8, q_line: usize, s:
 }
 
 /// One strip × tile visit. `w` = 16 · `nv` queries.
-struct Visit {
+pub(super) struct Visit {
     nv: usize,
     /// Channels of q and k, a multiple of 32.
-    dp: usize,
+    pub(super) dp: usize,
     /// Tiles of 16 value channels.
-    dv_tiles: usize,
+    pub(super) dv_tiles: usize,
     /// Keys; rows of K and Vᵀ are readable (and finite) to the next multiple of 32.
-    nk: usize,
+    pub(super) nk: usize,
     /// Qᵀ: dp/2 rows of `w` pairs of channels.
-    q: *const u8,
+    pub(super) q: *const u8,
     /// For each 32 keys, where their rows start and the bytes from row to row.
     k: *const (*const u8, usize),
     /// For each 32 keys, Vᵀ: one tile for each 16 channels.
-    v: *const *const u8,
+    pub(super) v: *const *const u8,
     /// As in `strip`.
-    masks: *const u64,
-    squash: f32,
-    bias: *const f32,
-    c: f32,
+    pub(super) masks: *const u64,
+    pub(super) squash: f32,
+    pub(super) bias: *const f32,
+    pub(super) c: f32,
+    /// With a sigmoid its bias times log₂ e; then `m` and `l` are not touched.
+    sigmoid: Option<f32>,
     /// Room for KEYS rows of `w` f32: scores, then weights.
-    s: *mut f32,
+    pub(super) s: *mut f32,
     /// Oᵀ: 16 · dv_tiles rows of `w`.
-    o: *mut f32,
+    pub(super) o: *mut f32,
     m: *mut f32,
     l: *mut f32,
     /// Lengths of the `w` queries, and of the longest key (∞ if unknown or not a number).
@@ -189,7 +193,7 @@ const CUBIC: [f32; 4] = [7.706_72e-2, 0.227_644_8, 0.695_116_8, 1.0];
 
 /// 2^x to 9e-5, exact at 0, with `half` added to the mantissa; −∞ gives 0, NaN stays NaN.
 #[inline(always)]
-unsafe fn exp2(x: __m512, half: f32) -> __m512 {
+pub(super) unsafe fn exp2(x: __m512, half: f32) -> __m512 {
     // r = x − ⌊x⌋; `scalef` takes the floor of its exponent itself.
     let r = _mm512_reduce_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(x);
     let mut p = _mm512_set1_ps(CUBIC[0]);
@@ -319,7 +323,7 @@ unsafe fn weights<const NV: usize>(t: &Visit, s: *const f32, to: *mut f32) {
 
 /// Scores of 32 keys, 32·j.. of a visit. Heads 64 wide and whole strips: with the queries loaded.
 #[inline(always)]
-unsafe fn scores<const NV: usize>(t: &Visit, j: usize, s: *mut u8) {
+pub(super) unsafe fn scores<const NV: usize>(t: &Visit, j: usize, s: *mut u8) {
     let line = NV * LINE;
     let (k, k_line) = *t.k.add(j);
     if t.dp == 64 && NV == 2 {
@@ -347,7 +351,7 @@ unsafe fn scores<const NV: usize>(t: &Visit, j: usize, s: *mut u8) {
 
 /// −∞ where a query of the strip does not see a key.
 #[inline(always)]
-unsafe fn hide<const NV: usize>(masks: *const u64, nk: usize, s: *mut f32) {
+pub(super) unsafe fn hide<const NV: usize>(masks: *const u64, nk: usize, s: *mut f32) {
     let none = _mm512_set1_ps(f32::NEG_INFINITY);
     for j in 0..nk {
         let bits = *masks.add(j);
@@ -362,7 +366,7 @@ unsafe fn hide<const NV: usize>(masks: *const u64, nk: usize, s: *mut f32) {
 
 /// −∞ in the rows past `nk` of the last 32 keys.
 #[inline(always)]
-unsafe fn no_keys<const NV: usize>(s: *mut f32, nk: usize) {
+pub(super) unsafe fn no_keys<const NV: usize>(s: *mut f32, nk: usize) {
     let w = NV * 16;
     let rows = nk.next_multiple_of(32) - nk;
     std::slice::from_raw_parts_mut(s.add(nk * w), rows * w).fill(f32::NEG_INFINITY);
@@ -420,9 +424,11 @@ unsafe fn visit_wide<const NV: usize>(t: &Visit) {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn visit(t: &Visit) {
     const { assert!(STRIP == 32, "a strip is one or two vectors") };
-    match t.nv {
-        1 => visit_wide::<1>(t),
-        _ => visit_wide::<2>(t),
+    match (t.nv, t.sigmoid) {
+        (1, None) => visit_wide::<1>(t),
+        (_, None) => visit_wide::<2>(t),
+        (1, Some(bias)) => visit_sigmoid::<1>(t, bias),
+        (_, Some(bias)) => visit_sigmoid::<2>(t, bias),
     }
 }
 
@@ -510,11 +516,10 @@ impl PackedValues {
 }
 
 impl Call<'_, bf16> {
-    /// Whether this path can serve the call: a softmax, of whose scores maxima need a positive factor on them.
+    /// Whether this path can serve the call: maxima of scores need a positive factor on them.
     pub(super) fn suits_amx(&self) -> bool {
         let p = self.scope.p;
-        let positive = p.scale > 0.0 || p.softcap.is_some() && p.scale < 0.0;
-        positive && p.normalizer.sigmoid().is_none()
+        p.scale > 0.0 || p.softcap.is_some() && p.scale < 0.0
     }
 
     /// Vᵀ of the given (up to 32) rows.
@@ -673,22 +678,12 @@ impl Call<'_, bf16> {
             }
             for i in (0..n).step_by(STRIP) {
                 let (b, w) = strip(i);
-                let (first, last) = (self.scope.visible(rows.start + i), self.scope.visible(rows.start + b - 1));
-                let from = keys.partition_point(|&j| (j as usize) < first.start);
-                let to = keys.partition_point(|&j| (j as usize) < last.end);
-                if from >= to {
-                    continue;
-                }
+                let of = rows.start + i..rows.start + b;
                 // Whole chunks of Vᵀ; what that adds at either end is masked.
-                let (from, to) = (from / 32 * 32, to.next_multiple_of(32).min(nk));
-                let marks = (!s.listed.marks.is_empty()).then(|| &s.listed.marks[at + from..at + to]);
-                let edge = (keys[to - 1] as usize) >= first.end || (keys[from] as usize) < last.start;
-                let masked = edge || marks.is_some();
-                if masked {
-                    self.scope.masks(&mut s.masks, &keys[from..to], rows.start + i, marks.map(|m| (m, i)));
-                }
-                let bias =
-                    self.scope.bias_tile(&mut s.bias, [bi, hi], &keys[from..to], rows.start + i..rows.start + b, w, c);
+                let marks = s.listed.marks_of(at, nk);
+                let Some(seen) = self.scope.part(&mut s.masks, keys, marks, &of, i, 32) else { continue };
+                let (from, to) = (seen.keys.start, seen.keys.end);
+                let bias = self.scope.bias_tile(&mut s.bias, [bi, hi], &keys[from..to], of, w, c);
                 visit(&Visit {
                     nv: w / 16,
                     dp,
@@ -697,17 +692,18 @@ impl Call<'_, bf16> {
                     q: q.add(i * dp / 2).cast_const().cast(),
                     k: k_at.as_ptr().add(from / 32),
                     v: v_at.as_ptr().add(from / 32),
-                    masks: if masked { s.masks.as_ptr() } else { std::ptr::null() },
+                    masks: seen.masks,
                     squash,
                     bias,
                     c,
+                    sigmoid: self.scope.p.normalizer.sigmoid().map(|b| b * LOG2_E),
                     s: scores,
                     o: o.add(i * dv_rows),
                     m: stat.add(i),
                     l: stat.add(padded + i),
                     q_len: stat.add(2 * padded + i),
                     // Where a query does not see all keys, those must not decide how it is served.
-                    k_len: if edge { f32::INFINITY } else { k_len },
+                    k_len: if seen.edge { f32::INFINITY } else { k_len },
                 });
             }
         }
@@ -725,7 +721,7 @@ impl Call<'_, bf16> {
                     m: stat.add(i),
                     l: stat.add(padded + i),
                     unit,
-                    summed: true,
+                    summed: self.scope.p.normalizer == Normalizer::Softmax,
                     sink: None,
                     rows: &[],
                     lse: std::ptr::null_mut(),

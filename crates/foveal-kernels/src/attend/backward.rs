@@ -8,14 +8,15 @@
 //! computed twice, nobody waits for a lock, and sums are in the same order whatever the threads. Sizes of
 //! cells follow from the shape alone, for the same reason.
 
+use super::bias;
+use super::bias_sums::{self, BiasGrad, Sums};
 use super::drive::{Buf, wide};
 use super::grad::{self, KEY_TILE};
-use super::scope::{Listed, MASKS, Scope, Source};
+use super::scope::{Listed, MASKS, Scope, Source, no_lse};
 use super::strip::{KEY_PAD, Kernels, MAX_STRIP};
-use super::{Attend, check_shapes};
+use super::{Attend, Normalizer, check_shapes};
 use crate::error::{KernelError, Result, same};
 use crate::exp::LOG2_E;
-use crate::fallback::{Reason, tell};
 use crate::isa::Isa;
 use crate::view::{Element, Rows, View, ViewMut};
 use crate::work::Work;
@@ -49,9 +50,8 @@ pub struct AttendGrads<'g, 'd> {
     pub dv: &'g mut ViewMut<'d, f32>,
     /// In the sinks, one a query head.
     pub dsinks: Option<&'g mut [f32]>,
-    /// In a bias of full shape (B, H, Tq, Tk): of the scores as they enter the softmax, zero where no key
-    /// is visited. Memory of Tq × Tk is the caller's choice here; nothing else needs any.
-    pub dbias: Option<&'g mut ViewMut<'d, f32>>,
+    /// In the bias.
+    pub dbias: Option<BiasGrad<'g, 'd>>,
 }
 
 /// Most queries and keys of a cell, and least: multiples of the work grid and of KEY_TILE. Larger ones add
@@ -75,8 +75,9 @@ pub(super) struct Scratch {
     pub(super) stat: Buf,
     pub(super) s: Buf,
     pub(super) ds: Buf,
-    pub(super) bias: Buf,
+    pub(super) bias: bias::Room,
     pub(super) dbias: Buf,
+    pub(super) sums: bias_sums::Room,
     pub(super) wide_k: Buf,
     pub(super) wide_v: Buf,
     /// dK and dV of the cell.
@@ -102,8 +103,9 @@ impl Scratch {
             stat: b(),
             s: b(),
             ds: b(),
-            bias: b(),
+            bias: bias::Room::new(),
             dbias: b(),
+            sums: bias_sums::Room::new(),
             wide_k: b(),
             wide_v: b(),
             dk: b(),
@@ -124,22 +126,23 @@ pub(super) struct Pointers {
     pub(super) dv: *mut f32,
 }
 
-/// One call, shared by its cells.
+/// One call, or one sequence of a ragged one, shared by its cells.
 pub(super) struct Call<'a, T> {
     pub(super) scope: Scope<'a>,
     pub(super) kernels: &'static Kernels,
     pub(super) isa: Isa,
-    pub(super) q: &'a View<'a, T>,
-    pub(super) k: &'a View<'a, T>,
-    pub(super) v: &'a View<'a, T>,
-    pub(super) dout: &'a View<'a, f32>,
-    pub(super) lse: &'a [f32],
-    /// Σ dO·O less the gradient of the log-sum-exp, a query; none with a sigmoid.
+    pub(super) q: View<'a, T>,
+    pub(super) k: View<'a, T>,
+    pub(super) v: View<'a, T>,
+    pub(super) dout: View<'a, f32>,
+    /// (B, H, Tq, 1); none with a sigmoid.
+    pub(super) lse: Option<View<'a, f32>>,
+    /// Σ dO·O less the gradient of the log-sum-exp, (B, H, Tq); none with a sigmoid.
     pub(super) delta: Vec<f32>,
     pub(super) dq: Rows<'a, f32>,
     pub(super) dk: Rows<'a, f32>,
     pub(super) dv: Rows<'a, f32>,
-    pub(super) dbias: Option<Rows<'a, f32>>,
+    pub(super) sums: Sums<'a>,
 }
 
 /// `half::bf16::from_f32` and back, without its branches.
@@ -149,14 +152,20 @@ fn nearest_bf16(x: f32) -> f32 {
     if x.is_nan() { x } else { rounded }
 }
 
-fn same_shape(op: &'static str, left: &'static str, l: [usize; 4], right: &'static str, r: [usize; 4]) -> Result<()> {
+pub(super) fn same_shape(
+    op: &'static str,
+    left: &'static str,
+    l: [usize; 4],
+    right: &'static str,
+    r: [usize; 4],
+) -> Result<()> {
     for (dim, i) in [("batch", 0), ("heads", 1), ("tokens", 2), ("head_dim", 3)] {
         same(op, dim, left, l[i], right, r[i])?;
     }
     Ok(())
 }
 
-/// Run a call whose tables were checked.
+/// Run a call whose shapes were checked.
 pub(crate) fn run<T: Element>(
     op: &'static str,
     p: &Attend,
@@ -167,22 +176,28 @@ pub(crate) fn run<T: Element>(
 ) -> Result<Work> {
     check_shapes(op, q.shape, k.shape, v.shape, up.out.shape)?;
     let [b, h, tq, d] = q.shape;
-    let [_, hkv, tk, _] = k.shape;
-    let scope = Scope::new(op, p, source, q.shape, k.shape)?;
+    let [_, hkv, tk, dv] = v.shape;
+    let scopes = Scope::all(op, p, source, q.shape, k.shape)?;
     same_shape(op, "dout", up.dout.shape, "out", up.out.shape)?;
     same_shape(op, "dq", grads.dq.shape, "q", q.shape)?;
     same_shape(op, "dk", grads.dk.shape, "k", k.shape)?;
     same_shape(op, "dv", grads.dv.shape, "v", v.shape)?;
-    scope.no_lse(op, "lse", !up.lse.is_empty())?;
-    scope.no_lse(op, "dlse", up.dlse.is_some())?;
+    no_lse(op, p, "lse", !up.lse.is_empty())?;
+    no_lse(op, p, "dlse", up.dlse.is_some())?;
+    let rows = [b, h, tq, 1];
+    let mut lse = None;
     if p.normalizer.sigmoid().is_none() {
         same(op, "batch*heads*tokens", "lse", up.lse.len(), "q", b * h * tq)?;
+        lse = Some(View::contiguous("lse", up.lse, rows)?);
     }
+    let mut dlse = None;
     if let Some(x) = up.dlse {
         same(op, "batch*heads*tokens", "dlse", x.len(), "q", b * h * tq)?;
+        dlse = Some(View::contiguous("dlse", x, rows)?);
     }
     if let Some(x) = &grads.dbias {
-        same_shape(op, "dbias", x.shape, "scores", [b, h, tq, tk])?;
+        let longest = scopes.iter().map(|s| s.0.k.len()).max().unwrap_or(0);
+        x.check(op, p.bias, q.shape, k.shape, longest)?;
     }
     match (&grads.dsinks, p.sinks) {
         (Some(x), Some(_)) => same(op, "heads", "dsinks", x.len(), "q", h)?,
@@ -196,88 +211,117 @@ pub(crate) fn run<T: Element>(
         }
         (None, _) => {}
     }
-    let isa = p.isa.min(Isa::detect());
-    let kernels = Kernels::of(isa);
-    let mut call = Call {
-        scope,
-        kernels,
-        isa,
-        q,
-        k,
-        v,
-        dout: up.dout,
-        lse: up.lse,
-        delta: Vec::new(),
-        dq: grads.dq.rows(),
-        dk: grads.dk.rows(),
-        dv: grads.dv.rows(),
-        dbias: grads.dbias.map(|x| x.rows()),
-    };
-    call.clear();
-    if p.normalizer.sigmoid().is_none() {
-        call.delta = call.deltas(up.out, up.dlse);
+    let (dq, dk, dvs) = (grads.dq.rows(), grads.dk.rows(), grads.dv.rows());
+    for rows in [&dq, &dk, &dvs] {
+        rows.clear();
     }
+    let (sums, distances) = Sums::of(grads.dbias);
+    let calls: Vec<Call<T>> = scopes
+        .into_iter()
+        .map(|(piece, scope)| {
+            let mut call = Call {
+                kernels: scope.kernels,
+                isa: scope.isa,
+                scope,
+                q: q.part(piece.q.clone(), 0..d),
+                k: k.part(piece.k.clone(), 0..d),
+                v: v.part(piece.k.clone(), 0..dv),
+                dout: up.dout.part(piece.q.clone(), 0..dv),
+                lse: lse.map(|x| x.part(piece.q.clone(), 0..1)),
+                delta: Vec::new(),
+                dq: dq.part(piece.q.clone(), 0..d),
+                dk: dk.part(piece.k.clone(), 0..d),
+                dv: dvs.part(piece.k.clone(), 0..dv),
+                sums: sums.part(&piece.q, &piece.k),
+            };
+            if lse.is_some() {
+                let dlse = dlse.map(|x| x.part(piece.q.clone(), 0..1));
+                call.delta = call.deltas(&up.out.part(piece.q, 0..dv), dlse.as_ref());
+            }
+            call
+        })
+        .collect();
     if let (Some(to), Some(sinks)) = (grads.dsinks, p.sinks) {
-        call.sinks(sinks, to);
+        let mut sums = vec![0f64; h];
+        calls.iter().for_each(|c| c.add_sinks(sinks, &mut sums));
+        for (to, sum) in to.iter_mut().zip(sums) {
+            *to = sum as f32;
+        }
     }
     if [b, h, tq, tk, d].contains(&0) {
         return Ok(Work::default());
     }
     let pool = Mutex::new(Vec::new());
-    let size = *CELLS.iter().find(|&&n| b * hkv * tq.max(tk).div_ceil(n) >= WIDTH).unwrap_or(&CELLS[2]);
-    let (nq, nk) = (tq.div_ceil(size), tk.div_ceil(size));
-    let part = |i: usize, t: usize| i * size..((i + 1) * size).min(t);
-    Ok((0..b * hkv)
+    let longest = |c: &Call<T>| c.scope.tq.max(c.scope.tk);
+    let cells = |n: usize| calls.iter().map(|c| b * hkv * longest(c).div_ceil(n)).sum::<usize>();
+    let size = *CELLS.iter().find(|&&n| cells(n) >= WIDTH).unwrap_or(&CELLS[2]);
+    // Long sequences first: their rounds follow each other.
+    let mut heads: Vec<_> = calls.iter().flat_map(|c| (0..b * hkv).map(move |bk| (c, bk))).collect();
+    heads.sort_by_key(|(c, _)| std::cmp::Reverse(longest(c)));
+    let done: Vec<_> = heads
         .into_par_iter()
         .with_max_len(1)
-        .map(|bk| {
-            let rounds = nq.max(nk);
-            let mut work = Work::default();
-            for r in 0..rounds {
-                // Cell (i, j) belongs to round i − j; long causal rows start first.
-                work += (0..nq)
-                    .into_par_iter()
-                    .with_max_len(1)
-                    .rev()
-                    .map(|i| (i, (i + rounds - r) % rounds))
-                    .filter(|&(i, j)| j < nk && call.meets(&part(i, tq), &part(j, tk)))
-                    .map(|(i, j)| {
-                        let free = || pool.lock().unwrap_or_else(PoisonError::into_inner);
-                        let kept: Option<Box<Scratch>> = free().pop();
-                        let mut scratch = kept.unwrap_or_else(|| Box::new(Scratch::new()));
-                        let work = call.cell(&mut scratch, [bk / hkv, bk % hkv], part(i, tq), part(j, tk));
-                        free().push(scratch);
-                        work
-                    })
-                    .sum::<Work>();
-            }
-            work
+        .map(|(call, bk)| {
+            let (work, sums) = call.head(&pool, [bk / hkv, bk % hkv], size);
+            (bk % hkv, work, sums)
         })
-        .sum())
+        .collect();
+    if let Some(to) = distances {
+        let mut sums = vec![0f64; to.len()];
+        for (kh, _, part) in &done {
+            for (to, x) in sums[kh * part.len()..].iter_mut().zip(part) {
+                *to += x;
+            }
+        }
+        for (to, sum) in to.iter_mut().zip(sums) {
+            *to = sum as f32;
+        }
+    }
+    Ok(done.into_iter().map(|x| x.1).sum())
 }
 
 impl<T: Element> Call<'_, T> {
-    /// Zero all gradients.
-    fn clear(&self) {
-        let [b, h, tq, d] = self.q.shape;
-        let [_, hkv, tk, dv] = self.v.shape;
-        let zero = |to: &Rows<f32>, [b, h, t, n]: [usize; 4]| {
-            (0..b * h).into_par_iter().for_each(|bh| {
-                for i in 0..t {
-                    // SAFETY: this task alone has these rows, each once; no cell runs yet.
-                    unsafe { to.row_mut(bh / h, bh % h, i)[..n].fill(0.0) };
-                }
-            });
-        };
-        zero(&self.dq, [b, h, tq, d]);
-        zero(&self.dk, [b, hkv, tk, d]);
-        zero(&self.dv, [b, hkv, tk, dv]);
-        if let Some(to) = &self.dbias {
-            zero(to, [b, h, tq, tk]);
+    /// All cells of one K/V head, of at most `size` queries and keys; and what is one a distance, of the query heads
+    /// of its group.
+    fn head(&self, pool: &Mutex<Vec<Scratch>>, [bi, kh]: [usize; 2], size: usize) -> (Work, Vec<f64>) {
+        let (tq, tk) = (self.scope.tq, self.scope.tk);
+        let (nq, nk) = (tq.div_ceil(size), tk.div_ceil(size));
+        let part = |i: usize, t: usize| i * size..((i + 1) * size).min(t);
+        let rounds = nq.max(nk);
+        let mut work = Work::default();
+        let mut sums = Vec::new();
+        if matches!(self.sums, Sums::Distances) {
+            sums.resize(self.scope.heads / self.k.shape[1] * self.distances(), 0.0);
         }
+        for r in 0..rounds {
+            // Cell (i, j) belongs to round i − j; long causal rows start first.
+            let done: Vec<_> = (0..nq)
+                .into_par_iter()
+                .with_max_len(1)
+                .rev()
+                .map(|i| (i, (i + rounds - r) % rounds))
+                .filter(|&(i, j)| j < nk && self.meets(&part(i, tq), &part(j, tk)))
+                .map(|(i, j)| {
+                    let free = || pool.lock().unwrap_or_else(PoisonError::into_inner);
+                    let kept = free().pop();
+                    let mut scratch = kept.unwrap_or_else(Scratch::new);
+                    let work = self.cell(&mut scratch, [bi, kh], part(i, tq), part(j, tk));
+                    let diagonals = scratch.sums.take_diagonals();
+                    free().push(scratch);
+                    (i, j, work, diagonals)
+                })
+                .collect();
+            for (i, j, cell, diagonals) in done {
+                work += cell;
+                if !diagonals.is_empty() {
+                    self.add_diagonals(&part(i, tq), &part(j, tk), &diagonals, &mut sums);
+                }
+            }
+        }
+        (work, sums)
     }
 
-    fn deltas(&self, out: &View<f32>, dlse: Option<&[f32]>) -> Vec<f32> {
+    fn deltas(&self, out: &View<f32>, dlse: Option<&View<f32>>) -> Vec<f32> {
         let [b, h, tq, _] = self.q.shape;
         let dv = self.v.shape[3];
         let mut delta = vec![0f32; b * h * tq];
@@ -300,26 +344,23 @@ impl<T: Element> Call<'_, T> {
                 }
                 // SAFETY: rows of dv elements; `isa` is at most what the machine has.
                 let sum = unsafe { grad::dot(self.isa, o.as_ptr(), g.as_ptr(), dv) };
-                *x = sum - dlse.map_or(0.0, |d| d[r]);
+                *x = sum - dlse.map_or(0.0, |d| d.row(bi, hi, i)[0]);
             },
         );
         delta
     }
 
     /// A sink is a key with a score of its own and a value of zero: ds = P (0 − D).
-    fn sinks(&self, sinks: &[f32], to: &mut [f32]) {
+    fn add_sinks(&self, sinks: &[f32], to: &mut [f64]) {
+        let Some(lse) = self.lse else { return };
         let [_, h, tq, _] = self.q.shape;
-        let mut sums = vec![0f64; h];
-        for (r, (delta, lse)) in self.delta.iter().zip(self.lse).enumerate() {
-            let hi = r / tq % h;
-            sums[hi] -= f64::from(sinks[hi] - lse).exp() * f64::from(*delta);
-        }
-        for (to, sum) in to.iter_mut().zip(sums) {
-            *to = sum as f32;
+        for (r, delta) in self.delta.iter().enumerate() {
+            let (bi, hi, i) = (r / (h * tq), r / tq % h, r % tq);
+            to[hi] -= f64::from(sinks[hi] - lse.row(bi, hi, i)[0]).exp() * f64::from(*delta);
         }
     }
 
-    /// Whether a query of `rows` sees a key of `keys`, as far as causality and window tell.
+    /// Whether a query of `rows` sees a key of `keys`, as far as causality and band tell.
     fn meets(&self, rows: &Range<usize>, keys: &Range<usize>) -> bool {
         self.scope.visible(rows.start).start < keys.end && keys.start < self.scope.visible(rows.end - 1).end
     }
@@ -359,11 +400,13 @@ impl<T: Element> Call<'_, T> {
         for hi in kh * group..(kh + 1) * group {
             let block = self.scope.source.block(bi * self.q.shape[1] + hi);
             let mut at = rows.start;
+            self.begin_head(&mut s.sums, &rows, &keys);
             while at < rows.end {
                 let end = (at / block + 1).saturating_mul(block).min(at + MAX_ROWS).min(rows.end);
                 work += self.rows(s, [bi, hi], at..end, &keys, &pointers);
                 at = end;
             }
+            self.end_head(&mut s.sums, [bi, hi], &keys);
         }
         if work.pairs > 0 {
             for (&Pointers { dk: from_k, dv: from_v, .. }, j) in pointers.iter().zip(keys) {
@@ -397,19 +440,20 @@ impl<T: Element> Call<'_, T> {
             return work;
         }
         let size = size_of::<T>();
-        work.flops = 2 * work.pairs * (3 * d + 2 * dv) as u64;
-        // Rows of K and V, sums for dK and dV in and out; q, dout, dq in and out.
-        work.bytes = keys * ((d + dv) * (size + 8)) as u64 + (rows.len() * (d * (size + 8) + dv * 4)) as u64;
+        // Factors: once more for scores, and, if wanted, for the gradients of both.
+        let r = self.scope.rank();
+        let products = if matches!(self.sums, Sums::Factors { .. }) { 3 } else { 1 };
+        work.flops = 2 * work.pairs * (3 * d + 2 * dv + products * r) as u64;
+        // Rows of K and V, sums for dK and dV in and out; q, dout, dq in and out; factors likewise.
+        let factors = 4 * r * (2 * products - 1).min(3);
+        work.bytes =
+            keys * ((d + dv) * (size + 8) + factors) as u64 + (rows.len() * (d * (size + 8) + dv * 4 + factors)) as u64;
 
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if self.wants_tiles() {
-            if let Some(same) = self.on_tiles() {
-                // SAFETY: a call on tiles is on a machine with AMX.
-                unsafe { same.rows_amx(s, [bi, hi], rows, part, pointers) };
-                return work;
-            }
-            tell(if self.dbias.is_some() { Reason::AttendBiasGradient } else { Reason::AttendSigmoid });
-            work = work.on_slower_path();
+        if let Some(same) = self.on_tiles() {
+            // SAFETY: a call on tiles is on a machine with AMX.
+            unsafe { same.rows_amx(s, [bi, hi], rows, part, pointers) };
+            return work;
         }
         let lanes = self.kernels.lanes;
         let full = lanes * self.kernels.vecs;
@@ -421,7 +465,7 @@ impl<T: Element> Call<'_, T> {
         let (qt, dot, dqt) = (s.qt.at_least(padded * d), s.dot.at_least(padded * dv), s.dqt.at_least(padded * d));
         let stat = s.stat.at_least(2 * padded);
         let (scores, ds) = (s.s.at_least((KEY_TILE + KEY_PAD) * full), s.ds.at_least((KEY_TILE + KEY_PAD) * full));
-        let dbias = if self.dbias.is_some() { s.dbias.at_least(KEY_TILE * full) } else { null_mut() };
+        let dbias = if self.sums.wanted() { s.dbias.at_least(KEY_TILE * full) } else { null_mut() };
         // SAFETY: all rooms are of the sizes asked for above; rows of q are d wide and of dout dv.
         unsafe {
             for (x, i) in rows.clone().enumerate() {
@@ -450,6 +494,7 @@ impl<T: Element> Call<'_, T> {
             std::slice::from_raw_parts_mut(dqt, padded * d).fill(0.0);
         }
         let (factor, cap) = self.factors();
+        self.begin_rows(&mut s.sums, [bi, hi], &rows, padded);
 
         let mut k_rows = [null(); KEY_TILE + KEY_PAD];
         let mut v_rows = [null(); KEY_TILE + KEY_PAD];
@@ -465,19 +510,10 @@ impl<T: Element> Call<'_, T> {
             v_rows[keys.len()..keys.len() + KEY_PAD].fill(v_pad);
             for i in (0..n).step_by(full) {
                 let (b, w) = strips(i);
-                let (first, last) = (self.scope.visible(rows.start + i), self.scope.visible(rows.start + b - 1));
-                // Keys ascend: what this strip cannot see lies at the two ends of the tile.
-                let from = keys.partition_point(|&j| (j as usize) < first.start);
-                let to = keys.partition_point(|&j| (j as usize) < last.end);
-                if from >= to {
-                    continue;
-                }
-                let marks = (!s.listed.marks.is_empty()).then(|| &s.listed.marks[at + from..at + to]);
-                let edge = (keys[to - 1] as usize) >= first.end || (keys[from] as usize) < last.start;
-                if edge || marks.is_some() {
-                    self.scope.masks(&mut s.masks, &keys[from..to], rows.start + i, marks.map(|m| (m, i)));
-                }
                 let of = rows.start + i..rows.start + b;
+                let marks = s.listed.marks_of(at, keys.len());
+                let Some(seen) = self.scope.part(&mut s.masks, keys, marks, &of, i, 1) else { continue };
+                let (from, to) = (seen.keys.start, seen.keys.end);
                 let bias = self.scope.bias_tile(&mut s.bias, [bi, hi], &keys[from..to], of.clone(), w, LOG2_E);
                 // SAFETY: strip i starts after i lanes of d (dv) elements, and after i rows of dp (dvp); a part
                 // of a tile starts at `from`, and KEY_PAD pointers behind the tile are readable; `isa` is at
@@ -502,7 +538,7 @@ impl<T: Element> Call<'_, T> {
                         dqt: dqt.add(i * d),
                         lse: stat.add(i),
                         delta: stat.add(padded + i),
-                        masks: if edge || marks.is_some() { s.masks.as_ptr() } else { null() },
+                        masks: seen.masks,
                         bias,
                         factor,
                         cap,
@@ -513,23 +549,21 @@ impl<T: Element> Call<'_, T> {
                     };
                     grad::step(self.isa, &step);
                 }
-                if let Some(to_bias) = &self.dbias {
-                    for (x, i) in of.enumerate() {
-                        let row = to_bias.row_ptr(bi, hi, i);
-                        for (y, &j) in keys[from..to].iter().enumerate() {
-                            // SAFETY: in this round only this cell has these queries and keys; j < tk; the
-                            // visit filled rows of w.
-                            unsafe { *row.add(j as usize) = *dbias.add(y * w + x) };
-                        }
-                    }
+                if self.sums.wanted() {
+                    // SAFETY: the visit filled rows of w; in this round only this cell has these queries and keys.
+                    unsafe { self.sum_tile(&mut s.sums, [bi, hi], &keys[from..to], of, dbias, w) };
                 }
             }
         }
 
         for i in (0..n).step_by(full) {
             let (b, w) = strips(i);
+            let of = rows.start + i..rows.start + b;
             // SAFETY: dQᵀ of a strip is d rows of w; in this round only this cell has these rows of dq.
-            unsafe { self.add_to_dq(&mut s.dq, [bi, hi], rows.start + i..rows.start + b, dqt.add(i * d), w) };
+            unsafe {
+                self.add_to_dq(&mut s.dq, [bi, hi], of.clone(), dqt.add(i * d), w);
+                self.end_rows(&mut s.sums, [bi, hi], of, w);
+            }
         }
         work
     }
@@ -539,13 +573,14 @@ impl<T: Element> Call<'_, T> {
     /// # Safety
     /// `to` has room for twice `padded`.
     pub(super) unsafe fn statistics(&self, to: *mut f32, [bi, hi]: [usize; 2], rows: &Range<usize>, padded: usize) {
-        let first = (bi * self.q.shape[1] + hi) * self.scope.tq + rows.start;
+        let first = (bi * self.q.shape[1] + hi) * self.scope.tq;
         for x in 0..padded {
+            let i = rows.start + x;
             // A row that sees nothing, and a lane without a row, has weights of e^−∞.
-            let (lse, delta) = match self.scope.p.normalizer.sigmoid() {
-                _ if x >= rows.len() => (f32::INFINITY, 0.0),
-                Some(bias) => (-bias, 0.0),
-                None => (self.lse[first + x], self.delta[first + x]),
+            let (lse, delta) = match (self.scope.p.normalizer, self.lse) {
+                (Normalizer::Sigmoid { bias }, _) if x < rows.len() => (-bias, 0.0),
+                (Normalizer::Softmax, Some(lse)) if x < rows.len() => (lse.row(bi, hi, i)[0], self.delta[first + i]),
+                _ => (f32::INFINITY, 0.0),
             };
             // SAFETY: by the contract.
             unsafe {
@@ -570,21 +605,39 @@ impl<T: Element> Call<'_, T> {
     pub(super) unsafe fn add_to_dq(
         &self,
         room: &mut Buf,
-        [bi, hi]: [usize; 2],
+        head: [usize; 2],
         rows: Range<usize>,
         dqt: *const f32,
         w: usize,
     ) {
-        let d = self.q.shape[3];
+        // SAFETY: by the contract.
+        unsafe { self.add_turned(room, &self.dq, head, rows, dqt, self.q.shape[3], w, self.scope.p.scale) };
+    }
+
+    /// Add `d` rows of `w`, transposed and times `scale`, to `rows` of a result.
+    ///
+    /// # Safety
+    /// `from` are such, and no other task has these rows now.
+    pub(super) unsafe fn add_turned(
+        &self,
+        room: &mut Buf,
+        to: &Rows<f32>,
+        [bi, hi]: [usize; 2],
+        rows: Range<usize>,
+        from: *const f32,
+        d: usize,
+        w: usize,
+        scale: f32,
+    ) {
         let dp = d.next_multiple_of(self.kernels.lanes);
-        let dq = room.at_least(w * dp);
+        let turned = room.at_least(w * dp);
         // SAFETY: by the contract; room for w rows of dp; `isa` is at most what the machine has.
         unsafe {
-            let lines: Vec<_> = (0..d).map(|c| dqt.add(c * w)).collect();
-            (self.kernels.pack)(&lines, w, self.scope.p.scale, dp, dq);
+            let lines: Vec<_> = (0..d).map(|c| from.add(c * w)).collect();
+            (self.kernels.pack)(&lines, w, scale, dp, turned);
             for (x, i) in rows.enumerate() {
-                let to = self.dq.row_mut(bi, hi, i);
-                grad::add_scaled(self.isa, dq.add(x * dp), d, 1.0, to.as_mut_ptr());
+                let to = to.row_mut(bi, hi, i);
+                grad::add_scaled(self.isa, turned.add(x * dp), d, 1.0, to.as_mut_ptr());
             }
         }
     }
@@ -592,15 +645,10 @@ impl<T: Element> Call<'_, T> {
     /// This call as one that runs on AMX tiles, if it does.
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     fn on_tiles(&self) -> Option<&Call<'_, bf16>> {
-        if !self.wants_tiles() || self.scope.p.normalizer.sigmoid().is_some() || self.dbias.is_some() {
+        if TypeId::of::<T>() != TypeId::of::<bf16>() || self.isa != Isa::Amx {
             return None;
         }
         // SAFETY: T is bf16, so the types are one.
         Some(unsafe { &*std::ptr::from_ref(self).cast::<Call<'_, bf16>>() })
-    }
-
-    /// Whether AMX tiles were asked for.
-    fn wants_tiles(&self) -> bool {
-        TypeId::of::<T>() == TypeId::of::<bf16>() && self.isa == Isa::Amx
     }
 }

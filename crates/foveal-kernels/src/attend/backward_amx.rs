@@ -86,7 +86,7 @@ unsafe fn narrow(from: *const f32, rows: usize, to: *mut u8, line: usize, pairs:
 }
 
 impl Call<'_, bf16> {
-    /// As `rows`, on tiles, for keys that are listed already; no gradient of a bias.
+    /// As `rows`, on tiles, for keys that are listed already.
     ///
     /// # Safety
     /// The machine has AMX and the process may use it.
@@ -154,6 +154,8 @@ impl Call<'_, bf16> {
         self.statistics(stat, [bi, hi], &rows, padded);
         std::slice::from_raw_parts_mut(dqt, padded * dp).fill(0.0);
         let (factor, cap) = self.factors();
+        let dbias = if self.sums.wanted() { s.dbias.at_least(KEYS * STRIP) } else { null_mut() };
+        self.begin_rows(&mut s.sums, [bi, hi], &rows, padded);
 
         let tiles = Tiles::new();
         for (at, keys) in (0..).step_by(KEYS).zip(s.listed.keys.chunks(KEYS)) {
@@ -178,23 +180,17 @@ impl Call<'_, bf16> {
             for i in (0..n).step_by(STRIP) {
                 let b = (i + STRIP).min(n);
                 let (p_to, ds_to) = (p_rows.add(i / STRIP * LINE), ds_rows.add(i / STRIP * LINE));
-                let (first, last) = (self.scope.visible(rows.start + i), self.scope.visible(rows.start + b - 1));
-                let (low, high) = (keys[0] as usize, keys[nk - 1] as usize);
-                if low >= last.end || high < first.start {
+                let of = rows.start + i..rows.start + b;
+                let marks = s.listed.marks_of(at, nk);
+                let Some(seen) = self.scope.part(&mut s.masks, keys, marks, &of, i, KEYS) else {
                     for j in 0..whole {
                         _mm512_storeu_si512(p_to.add(j * line).cast(), _mm512_setzero_si512());
                         _mm512_storeu_si512(ds_to.add(j * line).cast(), _mm512_setzero_si512());
                     }
                     continue;
-                }
+                };
                 any = true;
-                let marks = (!s.listed.marks.is_empty()).then(|| &s.listed.marks[at..at + nk]);
-                let masked = high >= first.end || low < last.start || marks.is_some();
-                if masked {
-                    self.scope.masks(&mut s.masks, keys, rows.start + i, marks.map(|m| (m, i)));
-                }
-                let of = rows.start + i..rows.start + b;
-                let bias = self.scope.bias_tile(&mut s.bias, [bi, hi], keys, of, STRIP, LOG2_E);
+                let bias = self.scope.bias_tile(&mut s.bias, [bi, hi], keys, of.clone(), STRIP, LOG2_E);
                 let score = |a: *mut u16, width: usize, b: *mut f32, c: *mut f32| {
                     for ch in 0..chunks {
                         product::<false, false, true, true>(&Product {
@@ -218,14 +214,19 @@ impl Call<'_, bf16> {
                     nk,
                     lse: stat.add(i),
                     delta: stat.add(padded + i),
-                    masks: if masked { s.masks.as_ptr() } else { null() },
+                    masks: seen.masks,
                     bias,
                     factor,
                     cap,
+                    sigmoid: self.scope.p.normalizer.sigmoid().is_some(),
                     s: scores,
                     ds,
+                    dbias,
                     ..Step::none()
                 });
+                if self.sums.wanted() {
+                    self.sum_tile(&mut s.sums, [bi, hi], keys, of, dbias, STRIP);
+                }
                 let rest = (whole - nk) * STRIP;
                 std::slice::from_raw_parts_mut(scores.add(nk * STRIP), rest).fill(0.0);
                 std::slice::from_raw_parts_mut(ds.add(nk * STRIP), rest).fill(0.0);
@@ -286,7 +287,8 @@ impl Call<'_, bf16> {
         drop(tiles);
         for i in (0..n).step_by(STRIP) {
             let of = rows.start + i..rows.start + (i + STRIP).min(n);
-            self.add_to_dq(&mut s.dq, [bi, hi], of, dqt.add(i * dp), STRIP);
+            self.add_to_dq(&mut s.dq, [bi, hi], of.clone(), dqt.add(i * dp), STRIP);
+            self.end_rows(&mut s.sums, [bi, hi], of, STRIP);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! From a call to strip × tile visits.
 
-use super::scope::{Listed, MASKS, Scope, Source, WORK_TILE};
+use super::bias::Room;
+use super::scope::{Listed, MASKS, Scope, Source, WORK_TILE, no_lse};
 use super::strip::{Finish, KEY_PAD, KEY_TILE, Kernels, MAX_STRIP, NO_MAX, Step};
 use super::{Attend, Normalizer};
 use crate::error::{Result, same as equal};
@@ -19,8 +20,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Most queries that share one pass over the keys.
 const MAX_TASK: usize = 4 * WORK_TILE;
 
-/// Consecutive queries of one head.
+/// Consecutive queries of one head of one sequence.
 struct Task {
+    sequence: usize,
     bh: usize,
     rows: Range<usize>,
 }
@@ -53,7 +55,7 @@ pub(super) struct Scratch {
     pub(super) o: Buf,
     pub(super) stat: Buf,
     pub(super) s: Buf,
-    pub(super) bias: Buf,
+    pub(super) bias: Room,
     pub(super) wide_q: Buf,
     pub(super) wide_k: Buf,
     pub(super) wide_v: Buf,
@@ -63,13 +65,13 @@ pub(super) struct Scratch {
     pub(super) v_rows: [*const f32; KEY_TILE + KEY_PAD],
 }
 
-/// One call, shared by its tasks.
+/// One call, or one sequence of a ragged one, shared by its tasks.
 pub(super) struct Call<'a, T> {
     pub(super) scope: Scope<'a>,
     pub(super) kernels: &'static Kernels,
-    pub(super) q: &'a View<'a, T>,
-    pub(super) k: &'a View<'a, T>,
-    pub(super) v: &'a View<'a, T>,
+    pub(super) q: View<'a, T>,
+    pub(super) k: View<'a, T>,
+    pub(super) v: View<'a, T>,
     pub(super) out: Rows<'a, f32>,
     pub(super) lse: Rows<'a, f32>,
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
@@ -79,7 +81,7 @@ pub(super) struct Call<'a, T> {
     pub(super) key_lengths: Vec<f32>,
 }
 
-/// Run a call whose shapes and tables were checked.
+/// Run a call whose shapes were checked.
 pub(crate) fn run<T: Element>(
     op: &'static str,
     p: &Attend,
@@ -91,8 +93,8 @@ pub(crate) fn run<T: Element>(
     lse: Option<&mut [f32]>,
 ) -> Result<Work> {
     let [b, h, tq, _] = q.shape;
-    let scope = Scope::new(op, p, source, q.shape, k.shape)?;
-    scope.no_lse(op, "lse", lse.is_some())?;
+    let scopes = Scope::all(op, p, source, q.shape, k.shape)?;
+    no_lse(op, p, "lse", lse.is_some())?;
     let mut own_lse = Vec::new();
     let lse = match lse {
         Some(l) => {
@@ -105,29 +107,38 @@ pub(crate) fn run<T: Element>(
         }
     };
     let mut lse = ViewMut::contiguous("lse", lse, [b, h, tq, 1])?;
+    let (out, lse) = (out.rows(), lse.rows());
+    let calls: Vec<_> = scopes
+        .into_iter()
+        .map(|(piece, scope)| {
+            let (d, dv) = (q.shape[3], v.shape[3]);
+            #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(unused_mut))]
+            let mut call = Call {
+                kernels: scope.kernels,
+                scope,
+                q: q.part(piece.q.clone(), 0..d),
+                k: k.part(piece.k.clone(), 0..d),
+                v: v.part(piece.k, 0..dv),
+                out: out.part(piece.q.clone(), 0..dv),
+                lse: lse.part(piece.q, 0..1),
+                #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+                packed: None,
+                #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+                key_lengths: Vec::new(),
+            };
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            if let Some(same) = call.on_tiles() {
+                // SAFETY: a call on tiles is on a machine with AVX-512.
+                let packed = unsafe { same.pack_all_values() };
+                call.key_lengths = same.lengths_of_keys();
+                call.packed = packed;
+            }
+            call
+        })
+        .collect();
     let threads = rayon::current_num_threads();
-    let tasks = tasks(source, [b, h, k.shape[1], tq], threads);
-    #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(unused_mut))]
-    let mut call = Call {
-        scope,
-        kernels: Kernels::of(p.isa),
-        q,
-        k,
-        v,
-        out: out.rows(),
-        lse: lse.rows(),
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        packed: None,
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        key_lengths: Vec::new(),
-    };
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    if let Some(same) = call.on_tiles() {
-        // SAFETY: a call on tiles is on a machine with AVX-512.
-        let packed = unsafe { same.pack_all_values() };
-        call.key_lengths = same.lengths_of_keys();
-        call.packed = packed;
-    }
+    let scopes: Vec<_> = calls.iter().map(|c| c.scope).collect();
+    let tasks = tasks(&scopes, [b, h, k.shape[1]], threads);
     // A shared counter rather than a split of the list: tasks start in their order (long causal
     // rows of a head first, heads of a group together), so the tail is short tasks.
     let next = AtomicUsize::new(0);
@@ -140,7 +151,7 @@ pub(crate) fn run<T: Element>(
                 o: Buf::new(),
                 stat: Buf::new(),
                 s: Buf::new(),
-                bias: Buf::new(),
+                bias: Room::new(),
                 wide_q: Buf::new(),
                 wide_k: Buf::new(),
                 wide_v: Buf::new(),
@@ -151,7 +162,8 @@ pub(crate) fn run<T: Element>(
             };
             let mut work = Work::default();
             while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let block = source.block(task.bh);
+                let call = &calls[task.sequence];
+                let block = call.scope.source.block(task.bh);
                 let mut at = task.rows.start;
                 while at < task.rows.end {
                     let end = (at / block + 1).saturating_mul(block).min(task.rows.end);
@@ -165,33 +177,39 @@ pub(crate) fn run<T: Element>(
     Ok(work)
 }
 
-/// Cut the queries of every head into tasks.
-fn tasks(source: Source, [b, h, hkv, tq]: [usize; 4], threads: usize) -> Vec<Task> {
+/// Cut the queries of every head of every sequence into tasks.
+fn tasks(scopes: &[Scope], [b, h, hkv]: [usize; 3], threads: usize) -> Vec<Task> {
     // Long passes share each key tile among more queries; short ones feed all threads.
     let mut size = MAX_TASK;
-    while size > WORK_TILE && b * h * tq.div_ceil(size) < 8 * threads {
+    while size > WORK_TILE && scopes.iter().map(|s| b * h * s.tq.div_ceil(size)).sum::<usize>() < 8 * threads {
         size /= 2;
     }
     let group = h / hkv;
     let mut list = Vec::new();
-    for bk in 0..b * hkv {
-        let first = list.len();
-        for bh in bk * group..(bk + 1) * group {
-            let block = source.block(bh);
-            let mut at = 0;
-            while at < tq {
-                // Large blocks are cut on the work grid, small ones collected up to it.
-                let end = if block >= WORK_TILE {
-                    let start = at / block * block;
-                    (at + size).min(start.saturating_add(block))
-                } else {
-                    at + WORK_TILE / block * block
-                };
-                list.push(Task { bh, rows: at..end.min(tq) });
-                at = end;
+    for (sequence, scope) in scopes.iter().enumerate() {
+        for bk in 0..b * hkv {
+            let first = list.len();
+            for bh in bk * group..(bk + 1) * group {
+                let block = scope.source.block(bh);
+                let mut at = 0;
+                while at < scope.tq {
+                    // Large blocks are cut on the work grid, small ones collected up to it.
+                    let end = if block >= WORK_TILE {
+                        let start = at / block * block;
+                        (at + size).min(start.saturating_add(block))
+                    } else {
+                        at + WORK_TILE / block * block
+                    };
+                    list.push(Task { sequence, bh, rows: at..end.min(scope.tq) });
+                    at = end;
+                }
             }
+            list[first..].sort_by_key(|t| std::cmp::Reverse(t.rows.start));
         }
-        list[first..].sort_by_key(|t| std::cmp::Reverse(t.rows.start));
+    }
+    if scopes.len() > 1 {
+        // Sequences differ: the longest tasks first, wherever they are.
+        list.sort_by_key(|t| std::cmp::Reverse(scopes[t.sequence].cost(t.bh, &t.rows)));
     }
     list
 }
@@ -223,15 +241,16 @@ impl<T: Element> Call<'_, T> {
     pub(super) fn list(&self, s: &mut Listed, bh: usize, rows: &Range<usize>) -> Work {
         let (mut work, keys) = self.scope.list(s, bh, rows, &(0..self.scope.tk));
         let (d, dv, size) = (self.q.shape[3], self.v.shape[3], size_of::<T>());
-        work.flops = 2 * work.pairs * (d + dv) as u64;
-        work.bytes = keys * ((d + dv) * size) as u64 + (rows.len() * (d * size + dv * 4)) as u64;
+        let r = self.scope.rank();
+        work.flops = 2 * work.pairs * (d + dv + r) as u64;
+        work.bytes = keys * ((d + dv) * size + 4 * r) as u64 + (rows.len() * (d * size + (dv + r) * 4)) as u64;
         work
     }
 
     /// Whether AMX tiles were asked for: bf16, the machine has them, and the system lets us use them.
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     fn wants_tiles(&self) -> bool {
-        TypeId::of::<T>() == TypeId::of::<bf16>() && self.scope.p.isa.min(crate::Isa::detect()) == crate::Isa::Amx
+        TypeId::of::<T>() == TypeId::of::<bf16>() && self.scope.isa == crate::Isa::Amx
     }
 
     /// This call as one that runs on AMX tiles, if it does.
@@ -253,7 +272,6 @@ impl<T: Element> Call<'_, T> {
                 // SAFETY: a call on tiles is on a machine with AMX.
                 Some(same) if rows.len() > self.kernels.few => return unsafe { same.rows_amx(s, bh, rows) },
                 Some(_) => Reason::AttendFewQueries,
-                None if self.scope.p.normalizer.sigmoid().is_some() => Reason::AttendSigmoid,
                 None => Reason::AttendScale,
             };
             tell(reason);
@@ -332,20 +350,11 @@ impl<T: Element> Call<'_, T> {
             s.k_rows[keys.len()..keys.len() + KEY_PAD].fill(pad);
             for i in (0..n).step_by(full) {
                 let (a, b, w) = strips(i);
-                let (first, last) = (self.scope.visible(rows.start + a), self.scope.visible(rows.start + b - 1));
-                // Keys ascend: what this strip cannot see lies at the two ends of the tile.
-                let from = keys.partition_point(|&j| (j as usize) < first.start);
-                let to = keys.partition_point(|&j| (j as usize) < last.end);
-                if from >= to {
-                    continue;
-                }
-                let marks = (!s.listed.marks.is_empty()).then(|| &s.listed.marks[at + from..at + to]);
-                let edge = (keys[to - 1] as usize) >= first.end || (keys[from] as usize) < last.start;
-                if edge || marks.is_some() {
-                    self.scope.masks(&mut s.masks, &keys[from..to], rows.start + a, marks.map(|m| (m, a)));
-                }
-                let width = if few { n } else { w };
                 let of = rows.start + a..rows.start + b;
+                let marks = s.listed.marks_of(at, keys.len());
+                let Some(part) = self.scope.part(&mut s.masks, keys, marks, &of, a, 1) else { continue };
+                let (from, to) = (part.keys.start, part.keys.end);
+                let width = if few { n } else { w };
                 let bias = self.scope.bias_tile(&mut s.bias, [bi, hi], &keys[from..to], of, width, c);
                 let step = Step {
                     nv: if few { 0 } else { w / lanes },
@@ -359,7 +368,7 @@ impl<T: Element> Call<'_, T> {
                     k: unsafe { s.k_rows.as_ptr().add(from) },
                     // SAFETY: as above.
                     v: unsafe { s.v_rows.as_ptr().add(from) },
-                    masks: if edge || marks.is_some() { s.masks.as_ptr() } else { null() },
+                    masks: part.masks,
                     squash,
                     bias,
                     c,

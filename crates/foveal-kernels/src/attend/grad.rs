@@ -10,7 +10,7 @@
 // pointers of `Step` reach what its fields say.
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::strip::{all_scores, all_values};
+use super::strip::{all_scores, all_values, by_registers};
 use crate::dispatch::with_isa;
 use crate::exp::{LOG2_E, exp2, logistic2, tanh};
 use crate::simd::Simd;
@@ -243,35 +243,9 @@ unsafe fn outer_all<S: Simd>(
 ) {
     let mut at = 0;
     while at < width {
-        let left = (width - at) / S::LANES;
-        // As in `strip`: what fills the register file.
-        at += S::LANES
-            * match (S::LANES, left) {
-                (16, 1) => {
-                    outer_rows::<S, 12, 1>(nk, n, a, w, b, width, c, at);
-                    1
-                }
-                (16, 2) => {
-                    outer_rows::<S, 8, 2>(nk, n, a, w, b, width, c, at);
-                    2
-                }
-                (16, 3) => {
-                    outer_rows::<S, 8, 3>(nk, n, a, w, b, width, c, at);
-                    3
-                }
-                (16, _) => {
-                    outer_rows::<S, 6, 4>(nk, n, a, w, b, width, c, at);
-                    4
-                }
-                (_, 1) => {
-                    outer_rows::<S, 8, 1>(nk, n, a, w, b, width, c, at);
-                    1
-                }
-                (_, _) => {
-                    outer_rows::<S, 6, 2>(nk, n, a, w, b, width, c, at);
-                    2
-                }
-            };
+        let nv = ((width - at) / S::LANES).min(if S::LANES == 16 { 4 } else { 2 });
+        by_registers!(S, nv, outer_rows(nk, n, a, w, b, width, c, at));
+        at += nv * S::LANES;
     }
 }
 
@@ -295,21 +269,14 @@ unsafe fn step_tiled<S: Simd, const R: usize, const NV: usize>(t: &Step) {
     } else {
         gradients::<S, NV, false>(t);
     }
-    all_values::<S, R, NV>(t.nk, t.d, t.ds, t.k, t.dqt, &[S::splat(1.0); NV]);
+    values_of::<S, R, NV>(t.nk, t.d, t.ds, t.k, t.dqt);
     outer_all::<S>(t.nk, t.nq, t.s, w, t.dout, t.dvp, t.dv_rows);
     outer_all::<S>(t.nk, t.nq, t.ds, w, t.q, t.dp, t.dk);
 }
 
 #[inline(always)]
 unsafe fn step_on<S: Simd>(t: &Step) {
-    match (S::LANES, t.nv) {
-        (16, 1) => step_tiled::<S, 12, 1>(t),
-        (16, 2) => step_tiled::<S, 8, 2>(t),
-        (16, 3) => step_tiled::<S, 8, 3>(t),
-        (16, _) => step_tiled::<S, 6, 4>(t),
-        (_, 1) => step_tiled::<S, 8, 1>(t),
-        (_, _) => step_tiled::<S, 6, 2>(t),
-    }
+    by_registers!(S, t.nv, step_tiled(t))
 }
 with_isa!(simd, pub(super) unsafe fn step => step_on(t: &Step));
 
@@ -345,3 +312,38 @@ unsafe fn dot_on<S: Simd>(a: *const f32, b: *const f32, n: usize) -> f32 {
     sum
 }
 with_isa!(simd, pub(super) unsafe fn dot => dot_on(a: *const f32, b: *const f32, n: usize) -> f32);
+
+/// Of a tile of gradients of scores, `nk` rows of `w` = `nv` · lanes: dQᵀ += Kᵀ·T for `k` of width `r`, and
+/// dK += T·Q for `n` queries in rows of `rp`, `r` in whole vectors.
+#[inline(always)]
+unsafe fn factors_on<S: Simd>(
+    nv: usize,
+    nk: usize,
+    n: usize,
+    r: usize,
+    rp: usize,
+    t: *const f32,
+    k: *const *const f32,
+    q: *const f32,
+    dqt: *mut f32,
+    dk: *const *mut f32,
+) {
+    by_registers!(S, nv, values_of(nk, r, t, k, dqt));
+    outer_all::<S>(nk, n, t, nv * S::LANES, q, rp, dk);
+}
+with_isa!(simd, pub(super) unsafe fn factors => factors_on(
+    nv: usize, nk: usize, n: usize, r: usize, rp: usize,
+    t: *const f32, k: *const *const f32, q: *const f32, dqt: *mut f32, dk: *const *mut f32,
+));
+
+/// [`all_values`] without a rescaling.
+#[inline(always)]
+unsafe fn values_of<S: Simd, const R: usize, const NV: usize>(
+    nk: usize,
+    d: usize,
+    t: *const f32,
+    k: *const *const f32,
+    to: *mut f32,
+) {
+    all_values::<S, R, NV>(nk, d, t, k, to, &[S::splat(1.0); NV]);
+}

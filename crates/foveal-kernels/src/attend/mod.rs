@@ -1,16 +1,22 @@
 //! Exact attention, dense or over a block table.
 //!
 //! [`Attend::run`] checks the call and hands it to `drive`, which cuts it into tasks (one tile of
-//! queries of one head), lists the keys each task visits, and feeds them in tiles to the
-//! microkernels in `strip`. [`Attend::backward`] does the same in `backward` and `grad`.
+//! queries of one head), lists the keys each task visits (`scope`), and feeds them in tiles to the
+//! microkernels in `strip`. [`Attend::backward`] does the same in `backward` and `grad`. A ragged batch is as
+//! many calls as it has sequences, whose tasks are done together.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx_sigmoid;
 pub(crate) mod backward;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod backward_amx;
+mod bias;
+mod bias_sums;
 pub(crate) mod drive;
 mod grad;
+mod ragged;
 mod scope;
 mod strip;
 
@@ -20,16 +26,26 @@ use crate::table::BlockTable;
 use crate::view::{Element, View, ViewMut};
 use crate::work::Work;
 pub use backward::{AttendGrads, Upstream};
+pub use bias::Bias;
+pub use bias_sums::BiasGrad;
+pub use ragged::CuSeqlens;
 pub(crate) use scope::Source;
 
-/// What is added to the scaled (and soft-capped) score of a query and a key.
-#[derive(Clone, Copy)]
-pub enum Bias<'a> {
-    /// −slope · distance, one slope a query head; the distance is between the key and the query's
-    /// own position, bottom-right aligned (ALiBi: Press, Smith and Lewis 2021, arXiv 2108.12409).
-    Alibi(&'a [f32]),
-    /// Any bias, of shape (B, H, Tq, Tk); a stride of 0 shares it along an axis. −∞ masks.
-    Dense(View<'a, f32>),
+/// Keys near a query: with the query's own position p = m − n + i (query i of n, m keys), the `left` keys up to p,
+/// p included, and the `right` keys after it. flash-attention's `window_size = (l, r)` is a band of l + 1 and r.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Band {
+    /// Keys at the query's own position and before it; `usize::MAX` for all.
+    pub left: usize,
+    /// Keys after it; `usize::MAX` for all.
+    pub right: usize,
+}
+
+impl Band {
+    /// `keys` in all, the query's own included and none after it.
+    pub fn window(keys: usize) -> Self {
+        Self { left: keys, right: 0 }
+    }
 }
 
 /// How scores become weights.
@@ -63,8 +79,8 @@ pub struct Attend<'a> {
     pub scale: f32,
     /// Query i of n sees keys up to m − n + i (bottom-right).
     pub causal: bool,
-    /// Keys in all that a query sees, its own included; needs `causal`.
-    pub window: Option<usize>,
+    /// Only keys near the query; with `causal` those of them that are not later.
+    pub band: Option<Band>,
     /// `cap * tanh(s / cap)` on the scaled score.
     pub softcap: Option<f32>,
     /// One logit per query head added to the denominator only.
@@ -73,8 +89,11 @@ pub struct Attend<'a> {
     pub bias: Option<Bias<'a>>,
     /// How scores become weights.
     pub normalizer: Normalizer,
-    /// Visit only these blocks.
+    /// Visit only these blocks; one table a (batch, query head), in a ragged batch a (sequence, query head), whose
+    /// blocks count from the first query and key of the sequence.
     pub table: Option<&'a BlockTable>,
+    /// Sequences of a ragged batch, for operands of batch 1.
+    pub cu_seqlens: Option<CuSeqlens<'a>>,
     /// Instruction set.
     pub isa: Isa,
 }
@@ -85,12 +104,13 @@ impl<'a> Attend<'a> {
         Self {
             scale,
             causal: false,
-            window: None,
+            band: None,
             softcap: None,
             sinks: None,
             bias: None,
             normalizer: Normalizer::Softmax,
             table: None,
+            cu_seqlens: None,
             isa: Isa::active(),
         }
     }
@@ -99,9 +119,18 @@ impl<'a> Attend<'a> {
         self.causal = on;
         self
     }
-    /// Set the window.
-    pub fn window(mut self, keys: Option<usize>) -> Self {
-        self.window = keys;
+    /// Set the band.
+    pub fn band(mut self, band: Option<Band>) -> Self {
+        self.band = band;
+        self
+    }
+    /// Set the band to a window of so many keys in all, the query's own included.
+    pub fn window(self, keys: Option<usize>) -> Self {
+        self.band(keys.map(Band::window))
+    }
+    /// Set the sequences of a ragged batch.
+    pub fn cu_seqlens(mut self, bounds: Option<CuSeqlens<'a>>) -> Self {
+        self.cu_seqlens = bounds;
         self
     }
     /// Set the block table.
@@ -138,8 +167,7 @@ impl<'a> Attend<'a> {
         lse: Option<&mut [f32]>,
     ) -> Result<Work> {
         check_shapes("attend", q.shape, k.shape, v.shape, out.shape)?;
-        let source = self.source("attend", q.shape, k.shape[2])?;
-        drive::run("attend", self, source, q, k, v, out, lse)
+        drive::run("attend", self, self.source(), q, k, v, out, lse)
     }
 
     /// Gradients of [`Attend::run`] with the same parameters and operands, from what it returned and the
@@ -158,27 +186,13 @@ impl<'a> Attend<'a> {
     ) -> Result<Work> {
         const OP: &str = "attend_backward";
         check_shapes(OP, q.shape, k.shape, v.shape, up.out.shape)?;
-        let source = self.source(OP, q.shape, k.shape[2])?;
-        backward::run(OP, self, source, [q, k, v], up, grads)
+        backward::run(OP, self, self.source(), [q, k, v], up, grads)
     }
 
-    /// All keys, or those of the table once it is checked.
-    fn source(&self, op: &'static str, [b, h, tq, _]: [usize; 4], tk: usize) -> Result<Source<'_>> {
-        let Some(t) = self.table else { return Ok(Source::Dense) };
-        check_heads(op, "block table", t.heads.len(), b * h)?;
-        for ht in &t.heads {
-            ht.check(tq, tk)?;
-        }
-        Ok(Source::Table(&t.heads))
+    /// All keys, or those of the table.
+    fn source(&self) -> Source<'_> {
+        self.table.map_or(Source::Dense, |t| Source::Table(&t.heads))
     }
-}
-
-/// One table or list a (batch, query head).
-pub(crate) fn check_heads(op: &'static str, left: &'static str, left_len: usize, right_len: usize) -> Result<()> {
-    if left_len == right_len {
-        return Ok(());
-    }
-    Err(KernelError::Mismatch { op, dim: "batch*heads", left, left_len, right: "q", right_len })
 }
 
 /// Shape rules shared by the attention kernels.

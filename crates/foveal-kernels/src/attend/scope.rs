@@ -1,16 +1,16 @@
-//! What the queries of a call see: keys by list, mask and bias, and the work that comes of it.
+//! What the queries of a call see: keys by list and mask, and the work that comes of it.
 
-use super::drive::Buf;
-use super::strip::MAX_STRIP;
-use super::{Attend, Bias};
+use super::ragged::{Piece, pieces};
+use super::strip::{Kernels, MAX_STRIP};
+use super::{Attend, Band, Bias};
 use crate::error::{KernelError, Result, same};
-use crate::exp::LOG2_E;
+use crate::isa::Isa;
 use crate::table::{HeadKeys, HeadTable};
 use crate::work::Work;
 use std::ops::Range;
 use std::ptr::null;
 
-/// What each query visits, before causality and window.
+/// What each query visits, before causality and band.
 #[derive(Clone, Copy)]
 pub(crate) enum Source<'a> {
     /// Every key.
@@ -23,7 +23,30 @@ pub(crate) enum Source<'a> {
     Both(&'a [HeadTable], &'a [HeadKeys]),
 }
 
-impl Source<'_> {
+impl<'a> Source<'a> {
+    /// That of sequence `s` of `n`, each of `heads`, once it was checked against its queries and keys.
+    fn part(&self, op: &'static str, s: usize, n: usize, heads: usize, tq: usize, tk: usize) -> Result<Self> {
+        let of = s * heads..(s + 1) * heads;
+        let tables = |t: &'a [HeadTable]| {
+            same(op, "batch*heads", "block table", t.len(), "q", n * heads)?;
+            let t = &t[of.clone()];
+            t.iter().try_for_each(|t| t.check(tq, tk))?;
+            Ok(t)
+        };
+        let lists = |k: &'a [HeadKeys]| {
+            same(op, "batch*heads", "key lists", k.len(), "q", n * heads)?;
+            let k = &k[of.clone()];
+            k.iter().try_for_each(|k| k.check(tq, tk))?;
+            Ok(k)
+        };
+        Ok(match self {
+            Source::Dense => Source::Dense,
+            Source::Table(t) => Source::Table(tables(t)?),
+            Source::Keys(k) => Source::Keys(lists(k)?),
+            Source::Both(t, k) => Source::Both(tables(t)?, lists(k)?),
+        })
+    }
+
     /// Queries of a (batch, head) that share a list of keys.
     pub(super) fn block(&self, bh: usize) -> usize {
         match self {
@@ -50,25 +73,49 @@ pub(super) struct Listed {
     pub(super) marks: Vec<u64>,
 }
 
-/// One call as far as it concerns who sees whom.
+impl Listed {
+    /// Row masks of the `n` keys from place `at` on; none without a table that has them.
+    pub(super) fn marks_of(&self, at: usize, n: usize) -> &[u64] {
+        if self.marks.is_empty() { &[] } else { &self.marks[at..at + n] }
+    }
+}
+
+/// One call, or one sequence of a ragged one, as far as it concerns who sees whom.
 #[derive(Clone, Copy)]
 pub(super) struct Scope<'a> {
     pub(super) p: &'a Attend<'a>,
     pub(super) source: Source<'a>,
+    pub(super) bias: Option<Bias<'a>>,
+    pub(super) isa: Isa,
+    pub(super) kernels: &'static Kernels,
+    pub(super) heads: usize,
     /// Queries and keys.
     pub(super) tq: usize,
     pub(super) tk: usize,
+    /// Keys up to its own position, that included, and after it that a query may see.
+    band: Band,
+}
+
+/// What of a tile of keys a strip of queries visits.
+pub(super) struct Part {
+    /// Places in the tile.
+    pub(super) keys: Range<usize>,
+    /// Whether causality or a band hides some of them from some queries.
+    pub(super) edge: bool,
+    /// Lanes that see each, or null when all do.
+    pub(super) masks: *const u64,
 }
 
 impl<'a> Scope<'a> {
-    /// The scope of a call, once cap, bias and sinks were checked against shapes of q and k.
-    pub(super) fn new(
+    /// The scopes of a call, one for each sequence, once all that concerns them was checked against shapes of q
+    /// and k.
+    pub(super) fn all(
         op: &'static str,
         p: &'a Attend<'a>,
         source: Source<'a>,
-        [b, h, tq, _]: [usize; 4],
-        [_, _, tk, _]: [usize; 4],
-    ) -> Result<Self> {
+        q: [usize; 4],
+        k: [usize; 4],
+    ) -> Result<Vec<(Piece, Self)>> {
         if let Some(cap) = p.softcap
             && (cap.is_nan() || cap <= 0.0)
         {
@@ -79,16 +126,7 @@ impl<'a> Scope<'a> {
                 remedy: "use a positive cap, or none".into(),
             });
         }
-        match p.bias {
-            None => {}
-            Some(Bias::Alibi(slopes)) => same(op, "heads", "slopes", slopes.len(), "q", h)?,
-            Some(Bias::Dense(x)) => {
-                same(op, "batch", "bias", x.shape[0], "q", b)?;
-                same(op, "heads", "bias", x.shape[1], "q", h)?;
-                same(op, "tokens", "bias", x.shape[2], "q", tq)?;
-                same(op, "keys", "bias", x.shape[3], "k", tk)?;
-            }
-        }
+        let [b, h, ..] = q;
         if let (Some(_), Some(s)) = (p.normalizer.sigmoid(), p.sinks) {
             return Err(KernelError::Param {
                 op,
@@ -100,30 +138,74 @@ impl<'a> Scope<'a> {
         if let Some(s) = p.sinks {
             same(op, "heads", "sinks", s.len(), "q", h)?;
         }
-        Ok(Self { p, source, tq, tk })
-    }
-
-    /// Refuse a log-sum-exp (`name`) where there is none.
-    pub(super) fn no_lse(&self, op: &'static str, name: &'static str, asked: bool) -> Result<()> {
-        if !asked || self.p.normalizer.sigmoid().is_none() {
-            return Ok(());
+        let pieces = pieces(op, p.cu_seqlens, q, k[2])?;
+        if let Some(bias) = p.bias {
+            bias.check(op, q, k, pieces.iter().map(|p| p.k.len()).max().unwrap_or(0))?;
         }
-        Err(KernelError::Param {
-            op,
-            name,
-            value: "asked for".into(),
-            remedy: "a sigmoid has no log-sum-exp; leave it out or use the softmax".into(),
-        })
+        let isa = p.isa.min(Isa::detect());
+        let mut band = p.band.unwrap_or(Band { left: usize::MAX, right: usize::MAX });
+        if p.causal {
+            band.right = 0;
+        }
+        let n = pieces.len();
+        let one = |(s, piece): (usize, Piece)| {
+            let (tq, tk) = (piece.q.len(), piece.k.len());
+            let scope = Self {
+                p,
+                source: source.part(op, s, n, b * h, tq, tk)?,
+                bias: p.bias.map(|x| x.part(&piece.q, &piece.k)),
+                isa,
+                kernels: Kernels::of(isa),
+                heads: h,
+                tq,
+                tk,
+                band,
+            };
+            Ok((piece, scope))
+        };
+        pieces.into_iter().enumerate().map(one).collect()
     }
 
-    /// Keys that query `i` may see by causality and window.
+    /// Width of the factors of the bias, 0 without such.
+    pub(super) fn rank(&self) -> usize {
+        self.bias.map_or(0, |b| b.rank())
+    }
+
+    /// Keys that query `i` may see by causality and band.
     pub(super) fn visible(&self, i: usize) -> Range<usize> {
         let (tq, tk) = (self.tq, self.tk);
-        if !self.p.causal {
-            return 0..tk;
+        // Its own position and one, and `tq` on top so that it is not negative.
+        let next = tk + i + 1;
+        let hi = next.saturating_add(self.band.right).saturating_sub(tq).min(tk);
+        next.saturating_sub(self.band.left.saturating_add(tq))..hi
+    }
+
+    /// What the queries `rows` visit of a tile of `keys` (with row `marks`, or none): from a multiple of `grain` to
+    /// one or the tile's end. `lane` is the first query's place in its list. `None` if they see nothing of it.
+    pub(super) fn part(
+        &self,
+        masks: &mut [u64; MASKS],
+        keys: &[u32],
+        marks: &[u64],
+        rows: &Range<usize>,
+        lane: usize,
+        grain: usize,
+    ) -> Option<Part> {
+        let (first, last) = (self.visible(rows.start), self.visible(rows.end - 1));
+        // Keys ascend: what these queries cannot see lies at the two ends.
+        let from = keys.partition_point(|&j| (j as usize) < first.start);
+        let to = keys.partition_point(|&j| (j as usize) < last.end);
+        if from >= to {
+            return None;
         }
-        let hi = (tk + i + 1).saturating_sub(tq);
-        hi.saturating_sub(self.p.window.unwrap_or(hi))..hi
+        let (from, to) = (from / grain * grain, to.next_multiple_of(grain).min(keys.len()));
+        let edge = (keys[to - 1] as usize) >= first.end || (keys[from] as usize) < last.start;
+        let marks = (!marks.is_empty()).then(|| (&marks[from..to], lane));
+        let masked = edge || marks.is_some();
+        if masked {
+            self.masks(masks, &keys[from..to], rows.start, marks);
+        }
+        Some(Part { keys: from..to, edge, masks: if masked { masks.as_ptr() } else { null() } })
     }
 
     /// List those keys (and row marks) of `rows`, all of one block, that lie in `part` (which starts at a
@@ -203,72 +285,38 @@ impl<'a> Scope<'a> {
         (work, keys)
     }
 
-    /// The bias of `keys` for the queries `rows` in rows of `w`, in units in which `c` takes scores to
-    /// base 2; null without a bias.
-    pub(super) fn bias_tile(
-        &self,
-        buf: &mut Buf,
-        [bi, hi]: [usize; 2],
-        keys: &[u32],
-        rows: Range<usize>,
-        w: usize,
-        c: f32,
-    ) -> *const f32 {
-        let Some(bias) = self.p.bias else { return null() };
-        let unit = LOG2_E / c;
-        let to = buf.at_least(keys.len() * w);
-        // SAFETY: `at_least` gave so many elements, initialised.
-        let to = unsafe { std::slice::from_raw_parts_mut(to, keys.len() * w) };
-        match bias {
-            Bias::Alibi(slopes) => {
-                let slope = slopes[hi] * unit;
-                let own = self.tk as i64 - self.tq as i64 + rows.start as i64;
-                for (line, &j) in to.chunks_exact_mut(w).zip(keys) {
-                    let first = (own - i64::from(j)) as i32;
-                    for (x, lane) in line.iter_mut().zip(0..) {
-                        *x = -slope * (first + lane).abs() as f32;
-                    }
-                }
-            }
-            Bias::Dense(view) => {
-                to.fill(0.0);
-                for (x, i) in rows.enumerate() {
-                    let row = view.row(bi, hi, i);
-                    for (line, &j) in to.chunks_exact_mut(w).zip(keys) {
-                        line[x] = row[j as usize] * unit;
-                    }
-                }
-            }
-        }
-        to.as_ptr()
-    }
-
     /// For each key, the lanes that see it; lane 0 is query `i0`. Marks come with their shift.
-    pub(super) fn masks(&self, masks: &mut [u64; MASKS], keys: &[u32], i0: usize, marks: Option<(&[u64], usize)>) {
-        // Key j is visible from query j − (tk − tq) on, for `window` queries.
-        let offset = self.tk as isize - self.tq as isize + i0 as isize;
+    fn masks(&self, masks: &mut [u64; MASKS], keys: &[u32], i0: usize, marks: Option<(&[u64], usize)>) {
+        let own = self.own(i0) as isize;
         for (x, &j) in keys.iter().enumerate() {
-            let mut m = u64::MAX;
-            if self.p.causal {
-                let first = j as isize - offset;
-                m = match first {
-                    ..=0 => m,
-                    1..64 => m << first,
-                    _ => 0,
-                };
-                if let Some(w) = self.p.window {
-                    m &= match first.saturating_add_unsigned(w) {
-                        ..=0 => 0,
-                        end @ 1..64 => u64::MAX >> (64 - end),
-                        _ => u64::MAX,
-                    };
-                }
-            }
+            // Seen from the query on whose band ends with it to the one whose band starts with it.
+            let ahead = j as isize - own;
+            let mut m = match ahead.saturating_sub_unsigned(self.band.right) {
+                ..=0 => u64::MAX,
+                first @ 1..64 => u64::MAX << first,
+                _ => 0,
+            };
+            m &= match ahead.saturating_add_unsigned(self.band.left) {
+                ..=0 => 0,
+                end @ 1..64 => u64::MAX >> (64 - end),
+                _ => u64::MAX,
+            };
             if let Some((marks, shift)) = marks {
                 m &= marks[x] >> shift;
             }
             masks[x] = m;
         }
+    }
+
+    /// How much `rows` of one head are to do, roughly: what orders tasks, nothing more.
+    pub(super) fn cost(&self, bh: usize, rows: &Range<usize>) -> usize {
+        let seen = self.visible(rows.end - 1).end.saturating_sub(self.visible(rows.start).start);
+        let listed = match self.source {
+            Source::Dense => seen,
+            Source::Table(t) | Source::Both(t, _) => t[bh].row(rows.start / t[bh].block_q).len() * t[bh].block_k,
+            Source::Keys(k) => k[bh].row(rows.start / k[bh].group).len(),
+        };
+        listed.min(seen) * rows.len()
     }
 }
 
@@ -290,4 +338,17 @@ fn count_singles(tiles: &[(Range<usize>, usize)], keys: &[u32], work: &mut Work)
         read += keys as u64;
     }
     read
+}
+
+/// Refuse a log-sum-exp (`name`) where there is none.
+pub(super) fn no_lse(op: &'static str, p: &Attend, name: &'static str, asked: bool) -> Result<()> {
+    if !asked || p.normalizer.sigmoid().is_none() {
+        return Ok(());
+    }
+    Err(KernelError::Param {
+        op,
+        name,
+        value: "asked for".into(),
+        remedy: "a sigmoid has no log-sum-exp; leave it out or use the softmax".into(),
+    })
 }

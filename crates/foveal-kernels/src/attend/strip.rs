@@ -14,6 +14,7 @@
 // pointers of `Step` reach what its fields say.
 #![allow(unsafe_op_in_unsafe_fn)]
 
+use crate::dispatch::with_isa;
 use crate::exp::{exp2, logistic2, tanh};
 use crate::isa::Isa;
 use crate::simd::{Portable, Simd};
@@ -394,25 +395,39 @@ unsafe fn step_tiled<S: Simd, const R: usize, const NV: usize>(t: &Step) {
     all_values::<S, R, NV>(t.nk, t.dv, t.s, t.v, t.o, &corr);
 }
 
-/// Rows of the microkernel are chosen so that accumulators, one set of query vectors and a
-/// broadcast fill the register file: 32 vectors with 16 lanes, 16 otherwise.
+/// `f::<S, R, NV>(args)` with the rows R of a microkernel of NV vectors chosen so that accumulators, one set of
+/// vectors and a broadcast fill the register file: 32 vectors with 16 lanes, 16 otherwise.
+macro_rules! by_registers {
+    ($s:ident, $nv:expr, $f:ident($($arg:expr),* $(,)?)) => {
+        match ($s::LANES, $nv) {
+            (16, 1) => $f::<$s, 12, 1>($($arg),*),
+            (16, 2) => $f::<$s, 8, 2>($($arg),*),
+            (16, 3) => $f::<$s, 8, 3>($($arg),*),
+            (16, _) => $f::<$s, 6, 4>($($arg),*),
+            (_, 1) => $f::<$s, 8, 1>($($arg),*),
+            (_, _) => $f::<$s, 6, 2>($($arg),*),
+        }
+    };
+}
+pub(super) use by_registers;
+
 #[inline(always)]
 unsafe fn step_on<S: Simd>(t: &Step) {
-    match (S::LANES, t.nv) {
-        (_, 0) => match t.nq {
-            1 => step_few::<S, 1>(t),
-            2 => step_few::<S, 2>(t),
-            3 => step_few::<S, 3>(t),
-            _ => step_few::<S, 4>(t),
-        },
-        (16, 1) => step_tiled::<S, 12, 1>(t),
-        (16, 2) => step_tiled::<S, 8, 2>(t),
-        (16, 3) => step_tiled::<S, 8, 3>(t),
-        (16, _) => step_tiled::<S, 6, 4>(t),
-        (_, 1) => step_tiled::<S, 8, 1>(t),
-        (_, _) => step_tiled::<S, 6, 2>(t),
+    match (t.nv, t.nq) {
+        (0, 1) => step_few::<S, 1>(t),
+        (0, 2) => step_few::<S, 2>(t),
+        (0, 3) => step_few::<S, 3>(t),
+        (0, _) => step_few::<S, 4>(t),
+        (nv, _) => by_registers!(S, nv, step_tiled(t)),
     }
 }
+
+/// Products alone: [`all_scores`] of strips of `nv` vectors.
+#[inline(always)]
+unsafe fn score_tile_on<S: Simd>(nv: usize, nk: usize, d: usize, q: *const f32, k: *const *const f32, s: *mut f32) {
+    by_registers!(S, nv, all_scores(nk, d, q, k, s))
+}
+with_isa!(simd, pub(super) unsafe fn score_tile => score_tile_on(nv: usize, nk: usize, d: usize, q: *const f32, k: *const *const f32, s: *mut f32));
 
 /// Transpose `rows` (each `n` wide) times `scale` into `n` rows of `w`, lanes past the rows zero.
 #[inline(always)]
