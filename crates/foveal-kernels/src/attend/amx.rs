@@ -12,6 +12,12 @@
 //! a factor of 2^[`ROOM`] (by Cauchy and Schwarz |q|·max|k| bounds them), maxima are not looked for
 //! and Oᵀ is not rescaled: bf16 reaches as far as f32, so weights above 1 do no harm. That is nearly
 //! every tile but a row's first, and it lets lanes work on one set of scores while tiles make the next.
+//!
+//! Sixteen weights take six operations of a vector: the product, the fraction, three of the cubic and the scale. With
+//! AVX-512 FP16 the cubic of 32 fractions would be three instead of six, but the fractions would have to be narrowed
+//! (two conversions of two operations and a shuffle) and its values widened for the scale, whose range FP16 does
+//! not have: more operations than it saves. Whole exponents in FP16 would be off by 2⁻⁷ at −16, which breaks the error
+//! rule; AVX-512 BF16 has no product but the dot product of pairs.
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
