@@ -1,102 +1,108 @@
 """Long convolution, 1,024 channels x 65,536 samples: Foveal against torch.fft, in turns.
 
-    cargo build --release -p foveal-kernels --example conv_bench
-    python benches/peers/fft.py [--case NAME] [--rounds 9] [--json FILE]
+    cargo build --release -p foveal-kernels --example peer
+    python benches/peers/fft.py --json fft.json
 
-Each round times one call of either side, both warmed up, on two threads; the ratio is that of the round's two times,
-and the table gives the median of the rounds. Needs PyTorch on the CPU. The Rust side is the example binary.
+What a model does with torch.fft (rfft, product, irfft of twice the length, and the skip), with the filter's spectrum made
+in the call or kept from before, around a ring of the length itself, and the backward pass alone for the gradients
+of input, filter and skip. Both sides f32, warmed up, in turns. Needs the packages of requirements.txt.
 """
 
 import argparse
-import json
-import statistics
-import subprocess
 import time
 
 import torch
 
+import common
+import render
+from common import Partner, say
+
 CHANNELS, TIME = 1024, 65536
 
 
-def cases():
-    """What a model does with torch.fft, with the same numbers of channels and samples as `conv_bench`."""
+def forms():
+    """Name, the request of our side, and a function that makes the call of the other."""
     n = 2 * TIME
-    u = torch.randn(1, CHANNELS, TIME)
-    h = torch.randn(CHANNELS, TIME) / TIME**0.5
-    d = torch.randn(CHANNELS, 1)
+    generator = torch.Generator().manual_seed(1)
+    u = torch.randn(1, CHANNELS, TIME, generator=generator)
+    h = torch.randn(CHANNELS, TIME, generator=generator) / TIME**0.5
+    d = torch.randn(CHANNELS, 1, generator=generator)
     fft = torch.fft
 
-    def forward(spectrum):
-        return fft.irfft(fft.rfft(u, n=n) * spectrum, n=n)[..., :TIME] + u * d
+    def causal(u, h, d):
+        return fft.irfft(fft.rfft(u, n=n) * fft.rfft(h, n=n), n=n)[..., :TIME] + u * d
 
-    def circular():
-        return fft.irfft(fft.rfft(u) * fft.rfft(h), n=TIME) + u * d
-
-    def ready():
-        kept = fft.rfft(h, n=n)
-        return lambda: forward(kept)
-
-    def backward():
-        leaves = [x.clone().requires_grad_(True) for x in (u, h, d)]
-        lu, lh, ld = leaves
-
+    def timed(call):
         def run():
-            for x in leaves:
-                x.grad = None
-            y = fft.irfft(fft.rfft(lu, n=n) * fft.rfft(lh, n=n), n=n)[..., :TIME] + lu * ld
-            start = time.perf_counter()
-            y.backward(u)
-            return time.perf_counter() - start
+            begin = time.perf_counter()
+            call()
+            return time.perf_counter() - begin
 
         return run
 
-    return {
-        "long": lambda: lambda: forward(fft.rfft(h, n=n)),
-        "long-ready": ready,
-        "long-circular": lambda: circular,
-        "long-backward": backward,
-    }
+    def kept():
+        spectrum = fft.rfft(h, n=n)
+        return timed(lambda: fft.irfft(fft.rfft(u, n=n) * spectrum, n=n)[..., :TIME] + u * d)
+
+    def backward():
+        leaves = [x.clone().requires_grad_(True) for x in (u, h, d)]
+
+        def run():
+            with torch.enable_grad():
+                y = causal(*leaves)
+            begin = time.perf_counter()
+            torch.autograd.grad(y, leaves, u)
+            return time.perf_counter() - begin
+
+        return run
+
+    return [
+        ("causal", "causal", lambda: timed(lambda: causal(u, h, d))),
+        ("causal, spectra kept", "ready", kept),
+        ("circular", "circular", lambda: timed(lambda: fft.irfft(fft.rfft(u) * fft.rfft(h), n=TIME) + u * d)),
+        ("causal, backward", "backward", backward),
+    ]
 
 
-def seconds(call):
-    start = time.perf_counter()
-    inner = call()
-    return inner if isinstance(inner, float) else time.perf_counter() - start
-
-
-def ours(binary, name):
-    out = subprocess.run([binary, name, "1"], capture_output=True, text=True, check=True).stdout
-    line = next(json.loads(x) for x in out.splitlines() if json.loads(x)["case"] == name)
-    return line["seconds"][0]
+def measure(own, repeats, turns, rows, save):
+    for name, form, make in forms():
+        request = f"long_conv {CHANNELS} {TIME} {form}"
+        with turns.unit():
+            theirs = make()
+            theirs()
+            own.ask(request)
+        ours_ms, theirs_ms = [], []
+        for i in range(repeats):
+            with turns.unit():
+                for side in (0, 1) if i % 2 == 0 else (1, 0):
+                    if side == 0:
+                        ours_ms.append(1e3 * own.ask(request)["seconds"])
+                    else:
+                        theirs_ms.append(1e3 * theirs())
+        row = {"what": name, "channels": CHANNELS, "samples": TIME, "unit": "ms"}
+        row |= common.versus(ours_ms, theirs_ms, higher_is_better=False)
+        rows.append(row)
+        say(f"{name}: ours {common.spread(row['ours'])} ms, theirs {common.spread(row['theirs'])} ms, ratio {row['ratio']:.2f}")
+        save()
 
 
 def main():
-    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args.add_argument("--binary", default="target/release/examples/conv_bench")
-    args.add_argument("--case", choices=["long", "long-ready", "long-circular", "long-backward"])
-    args.add_argument("--rounds", type=int, default=9)
-    args.add_argument("--json")
-    args = args.parse_args()
-    torch.set_num_threads(2)
-    rows = []
-    for name, make in cases().items():
-        if args.case not in (None, name):
-            continue
-        call, full = make(), f"{name}-{CHANNELS}x{TIME}"
-        seconds(call)
-        rounds = [(seconds(call), ours(args.binary, full)) for _ in range(args.rounds)]
-        row = {
-            "case": full,
-            "torch": statistics.median(t for t, _ in rounds),
-            "foveal": statistics.median(f for _, f in rounds),
-            "ratio": statistics.median(t / f for t, f in rounds),
-            "rounds": rounds,
-        }
-        rows.append(row)
-        print(f"{full:28} torch {row['torch']:.3f} s  foveal {row['foveal']:.3f} s  {row['ratio']:.2f} times as fast")
-    if args.json:
-        with open(args.json, "w") as f:
-            json.dump({"torch": torch.__version__, "threads": 2, "rows": rows}, f, indent=1)
+    parser = common.arguments(argparse.ArgumentParser(description=__doc__.splitlines()[0]), repeats=9)
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    torch.set_grad_enabled(False)
+    turns = common.Turns(a.lock, a.hold)
+    own = Partner([a.bin / "examples" / "peer"], {"RAYON_NUM_THREADS": str(a.threads)})
+    result = {
+        "machine": common.machine(a.threads),
+        "ours": own.about,
+        "theirs": {"version": torch.__version__.split("+")[0]},
+        "rows": [],
+    }
+    measure(own, a.repeats, turns, result["rows"], lambda: common.save(a.json, result))
+    turns.release()
+    own.close()
+    print(render.fft(result))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ GOALS = {
     "decode at 2048": 1.5,
     "decode at 7900": 2.5,
     "exp": 1.5,
+    "long_conv": 2.0,
 }
 # Share of the measured product rate aimed at in bf16, by head width.
 SHARES = {"64": 40, "128": 55}
@@ -52,6 +53,11 @@ def sdpa(result, limits=None):
         rows.append([f"{dtype} {r['what']}", spread(r["ours"]), spread(r["theirs"]), *ratio, f"{own:.0f}", f"{their:.0f}", share])
     head = ["ms, median (spread)", "foveal", "PyTorch", "ratio", "goal", "our GFLOP/s", "their GFLOP/s", "of the product rate (goal)"]
     return table(head, rows)
+
+
+def fft(result):
+    rows = [[r["what"], spread(r["ours"]), spread(r["theirs"]), f"{r['ratio']:.2f}", goal("long_conv")] for r in result["rows"]]
+    return table(["ms, median (spread)", "foveal", "torch.fft", "ratio", "goal"], rows)
 
 
 def llama_speed(result):
@@ -102,6 +108,15 @@ def page(data):
         about = "As above; FLOPs are 14·B·H·T²·D. Our gradients are f32 in both types, PyTorch's of the type of its input.\n\n"
         command = "python benches/peers/sdpa.py --backward"
         text += section("Forward and backward", command, r, about + sdpa(r, data.get("ceilings")))
+    if "fft" in data:
+        r = data["fft"]
+        size = r["rows"][0]
+        about = (
+            f"{size['channels']:,} channels of {size['samples']:,} samples in f32, filters as long as the signal. PyTorch "
+            f"{r['theirs']['version']}, foveal on {r['ours']['isa']}. A causal convolution transforms twice the length; results and the "
+            "skip d·u are part of the time on both sides.\n\n"
+        )
+        text += section("Long convolution against torch.fft", "python benches/peers/fft.py", r, about + fft(r))
     if "llama_speed" in data:
         r = data["llama_speed"]
         weights = "repacked for the instruction set" if r["theirs"]["repacked_weights"] else "as stored, which is not its fastest"

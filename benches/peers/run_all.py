@@ -23,6 +23,7 @@ PARTS = {
     "ceilings": ["ceilings.py"],
     "sdpa": ["sdpa.py"],
     "sdpa_backward": ["sdpa.py", "--backward"],
+    "fft": ["fft.py"],
     "llama_speed": ["llama_speed.py"],
 }
 NEED_A_MODEL = ["llama_speed"]

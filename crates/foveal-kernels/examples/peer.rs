@@ -12,6 +12,7 @@
 //! The first request of a kind and shape makes the operands and warms up; a repeated line times one
 //! call on the same operands. FOVEAL_ISA caps the instruction set, RAYON_NUM_THREADS the threads.
 
+use foveal_kernels::conv::{Boundary, LongConv, LongGrads, Signal, SignalMut, long_conv, long_conv_backward};
 use foveal_kernels::exp::{Fun, apply_to};
 use foveal_kernels::{Attend, AttendGrads, Element, Isa, PackedLinear, Upstream, View, ViewMut, WeightFormat};
 use half::bf16;
@@ -119,6 +120,46 @@ fn linear([m, n, k]: [usize; 3], format: WeightFormat) -> Result<Call, Failure> 
     }))
 }
 
+/// Long convolution of one batch row: with filters to transform or spectra that are ready, around a ring, or the gradients
+/// of input, filter and skip.
+fn long([c, t]: [usize; 2], form: &str) -> Result<Call, Failure> {
+    let boundary = match form {
+        "causal" | "ready" | "backward" => Boundary::Causal,
+        "circular" => Boundary::Circular,
+        _ => return Err("the form is causal, ready, circular or backward".into()),
+    };
+    if c * t == 0 {
+        return Err("a dimension is 0".into());
+    }
+    let mut random = noise();
+    let mut some = |n: usize| (0..n).map(|_| random()).collect::<Vec<f32>>();
+    let (h, u, d) = (some(c * t), some(c * t), some(c));
+    let (ready, backward) = (form == "ready", form == "backward");
+    let kept = match ready {
+        true => Some(LongConv::new(&Signal::channel_major("h", &h, [1, c, t])?, t, boundary, Isa::active())?),
+        false => None,
+    };
+    Ok(Box::new(move || {
+        let begin = Instant::now();
+        let (h, u) = (Signal::channel_major("h", &h, [1, c, t])?, Signal::channel_major("u", &u, [1, c, t])?);
+        let mut y = vec![0f32; c * t];
+        let mut out = SignalMut::channel_major("y", &mut y, [1, c, t])?;
+        if backward {
+            let (mut dh, mut dd) = (vec![0f32; c * t], vec![0f32; c]);
+            let grads = LongGrads { du: Some(&mut out), dh: Some(&mut dh), dd: Some(&mut dd) };
+            long_conv_backward(&h, &u, Some(&d), &u, grads, boundary, Isa::active())?;
+            std::hint::black_box((&dh, &dd));
+        } else if let Some(kept) = &kept {
+            kept.forward(&u, Some(&d), &mut out)?;
+        } else {
+            long_conv(&h, &u, Some(&d), &mut out, boundary, Isa::active())?;
+        }
+        let seconds = begin.elapsed().as_secs_f64();
+        std::hint::black_box(&y);
+        Ok((seconds, String::new()))
+    }))
+}
+
 fn exp(n: usize, calls: usize) -> Result<Call, Failure> {
     if n == 0 || calls == 0 {
         return Err("give numbers and calls".into());
@@ -192,10 +233,12 @@ fn prepare(line: &str) -> Result<Call, Failure> {
             };
             linear([number(m)?, number(n)?, number(k)?], format)
         }
+        ["long_conv", c, t, form] => long([number(c)?, number(t)?], form),
         ["exp", n, calls] => exp(number(n)?, number(calls)?),
         ["read", mib, threads] => read(number(mib)?, number(threads)?),
         _ => Err("requests are: attend or attend_grad B H HKV T D f32|bf16 full|causal, \
-            linear M N K f32|bf16|int8|int4, exp N CALLS, read MIB THREADS"
+            linear M N K f32|bf16|int8|int4, long_conv C T causal|ready|circular|backward, exp N CALLS, \
+            read MIB THREADS"
             .into()),
     }
 }
