@@ -6,6 +6,7 @@
 //!     attend B H HKV T D f32|bf16 full|causal   exact attention, {"seconds", "flops"}
 //!     attend_grad B H HKV T D f32|bf16 full|causal   the same and its backward pass, with {"forward"} seconds
 //!     linear M N K f32|bf16|int8|int4           y = x·Wᵀ of M rows, {"seconds", "flops"}
+//!     long_conv C T causal|ready|circular|backward   C channels of T samples, filters as long, seconds
 //!     exp N CALLS                               e^x of N numbers on one thread, seconds of one call
 //!     read MIB THREADS                          sums MIB mebibytes, seconds and bytes
 //!

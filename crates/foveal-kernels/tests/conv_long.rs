@@ -67,7 +67,7 @@ const fn case(shape: [usize; 3], l: usize, boundary: Boundary) -> Case {
     Case { shape, l, boundary }
 }
 
-const CASES: [Case; 14] = [
+const CASES: [Case; 17] = [
     case([1, 1, 1], 1, Boundary::Causal),
     case([2, 3, 37], 37, Boundary::Causal),
     case([1, 2, 256], 256, Boundary::Causal),
@@ -80,6 +80,9 @@ const CASES: [Case; 14] = [
     case([2, 2, 10], 10, Boundary::Circular),
     case([1, 2, 513], 200, Boundary::Circular),
     case([1, 1, 2048], 2048, Boundary::Circular),
+    case([2, 3, 1024], 700, Boundary::Circular),
+    case([1, 2, 3072], 3072, Boundary::Circular),
+    case([1, 1, 4096], 3000, Boundary::Circular),
     case([1, 1, 5000], 64, Boundary::Circular),
     case([1, 18, 130], 130, Boundary::Causal),
 ];

@@ -6,6 +6,7 @@
 //! the two transforms goes to memory. A filter much shorter than the sequence is applied block by block
 //! (overlap-save); the block is chosen by counted operations.
 
+use super::cyclic::Cyclic;
 use super::lines::Lines;
 use super::over_tasks;
 use super::ring::{Ring, sizes};
@@ -26,13 +27,102 @@ pub enum Boundary {
     Circular,
 }
 
+/// The transform of a window.
+enum Transform {
+    /// Modulo x²ⁿ + 1: linear as far as nothing wraps.
+    Ring(Ring),
+    /// The whole sequence in a circle.
+    Cyclic(Cyclic),
+}
+
+impl Transform {
+    /// f32 of a window or its spectrum.
+    fn len(&self) -> usize {
+        match self {
+            Transform::Ring(r) => 2 * r.n,
+            Transform::Cyclic(c) => c.len(),
+        }
+    }
+
+    /// Complex points.
+    fn points(&self) -> usize {
+        match self {
+            Transform::Ring(r) => r.n,
+            Transform::Cyclic(c) => c.points(),
+        }
+    }
+
+    fn flops(&self) -> u64 {
+        match self {
+            Transform::Ring(r) => r.flops(),
+            Transform::Cyclic(c) => c.flops(),
+        }
+    }
+
+    /// Factor that results want.
+    fn scale(&self) -> f32 {
+        match self {
+            Transform::Ring(r) => 1.0 / r.n as f32,
+            Transform::Cyclic(_) => 1.0,
+        }
+    }
+
+    fn forward(&self, x: &mut [f32]) {
+        match self {
+            Transform::Ring(r) => {
+                let (re, im) = x.split_at_mut(r.n);
+                r.forward(re, im);
+            }
+            Transform::Cyclic(c) => c.forward(x),
+        }
+    }
+
+    fn inverse(&self, x: &mut [f32]) {
+        match self {
+            Transform::Ring(r) => {
+                let (re, im) = x.split_at_mut(r.n);
+                r.inverse(re, im);
+            }
+            Transform::Cyclic(c) => c.inverse(x),
+        }
+    }
+
+    fn convolve(&self, x: &mut [f32], h: &[f32]) {
+        match self {
+            Transform::Ring(r) => {
+                let (re, im) = x.split_at_mut(r.n);
+                r.convolve(re, im, h.split_at(r.n));
+            }
+            Transform::Cyclic(c) => c.convolve(x, h),
+        }
+    }
+
+    fn correlate_back(&self, x: &mut [f32], h: &[f32]) {
+        match self {
+            Transform::Ring(r) => {
+                let (re, im) = x.split_at_mut(r.n);
+                r.correlate_back(re, im, h.split_at(r.n));
+            }
+            Transform::Cyclic(c) => c.correlate_back(x, h),
+        }
+    }
+
+    fn correlate(&self, a: &[f32], b: &[f32], acc: &mut [f32]) {
+        match self {
+            Transform::Ring(r) => r.correlate(a.split_at(r.n), b.split_at(r.n), acc.split_at_mut(r.n)),
+            Transform::Cyclic(c) => c.correlate(a, b, acc),
+        }
+    }
+}
+
 /// How one call cuts its sequence, and the transform for it.
 struct Cut {
     boundary: Boundary,
     t: usize,
     l: usize,
-    ring: Ring,
-    /// Samples of a window before its first output.
+    transform: Transform,
+    /// Place of a window's first sample in its buffer, and samples of it before the first output.
+    first: usize,
     lead: usize,
     /// Outputs of a window.
     block: usize,
@@ -61,11 +151,28 @@ impl Cut {
         let cost = |n: usize| blocks_of(n) as f64 * n as f64 * ((n as f64).log2() + 4.0);
         let fitting = sizes().filter(|&n| 2 * n > seen).take_while(|&n| n < 2 * all.max(sizes().next().unwrap_or(1)));
         let n = fitting.min_by(|&a, &b| cost(a).total_cmp(&cost(b))).unwrap_or(256);
+        // A circle of its own length, if it can be had: half the points, and a pass more in and out.
+        if boundary == Boundary::Circular
+            && let Some(c) = Cyclic::new(t, isa)
+            && c.points() as f64 * ((c.points() as f64).log2() + 6.0) < cost(n)
+        {
+            let first = c.first();
+            return Ok(Self {
+                boundary,
+                t,
+                l: seen,
+                transform: Transform::Cyclic(c),
+                first,
+                lead: 0,
+                block: t,
+                blocks: 1,
+            });
+        }
         let blocks = blocks_of(n);
         let whole = blocks == 1;
         let lead = if whole && boundary == Boundary::Causal { 0 } else { seen - 1 };
         let block = if whole { t } else { 2 * n - seen + 1 };
-        Ok(Self { boundary, t, l: seen, ring: Ring::new(n, isa), lead, block, blocks })
+        Ok(Self { boundary, t, l: seen, transform: Transform::Ring(Ring::new(n, isa)), first: 0, lead, block, blocks })
     }
 
     fn outputs(&self, block: usize) -> Range<usize> {
@@ -73,11 +180,9 @@ impl Cut {
     }
 
     /// The window of a block of outputs: sample p is time start + p; outside is zero or wraps.
-    fn load<T: Element>(&self, x: Row<T>, block: usize, re: &mut [f32], im: &mut [f32]) {
+    fn load<T: Element>(&self, x: Row<T>, block: usize, window: &mut [f32]) {
         let start = (block * self.block) as isize - self.lead as isize;
-        let n = self.ring.n;
-        self.fill(x, start, re);
-        self.fill(x, start + n as isize, im);
+        self.fill(x, start, &mut window[self.first..]);
     }
 
     fn fill<T: Element>(&self, x: Row<T>, start: isize, out: &mut [f32]) {
@@ -101,37 +206,26 @@ impl Cut {
     }
 
     /// Only the samples of the block's own outputs, where [`Cut::load`] has them.
-    fn load_block<T: Element>(&self, x: Row<T>, block: usize, re: &mut [f32], im: &mut [f32]) {
-        re.fill(0.0);
-        im.fill(0.0);
+    fn load_block<T: Element>(&self, x: Row<T>, block: usize, window: &mut [f32]) {
+        window.fill(0.0);
         let outs = self.outputs(block);
-        let n = self.ring.n;
-        let split = n.saturating_sub(self.lead).min(outs.len());
-        let (lead_re, lead_im) = (self.lead.min(n), self.lead.saturating_sub(n));
-        x.copy(outs.start, &mut re[lead_re..lead_re + split]);
-        x.copy(outs.start + split, &mut im[lead_im..lead_im + outs.len() - split]);
+        x.copy(outs.start, &mut window[self.first + self.lead..][..outs.len()]);
     }
 
     /// Spectrum of a filter's taps.
-    fn load_filter(&self, h: Row<f32>, re: &mut [f32], im: &mut [f32]) {
-        let n = self.ring.n;
-        for (x, start) in [(&mut *re, 0), (&mut *im, n)] {
-            let len = self.l.saturating_sub(start).min(n);
-            if len > 0 {
-                h.copy(start, &mut x[..len]);
-            }
-            x[len..].fill(0.0);
-        }
-        self.ring.forward(re, im);
+    fn load_filter(&self, h: Row<f32>, spectrum: &mut [f32]) {
+        spectrum.fill(0.0);
+        h.copy(0, &mut spectrum[self.first..][..self.l]);
+        self.transform.forward(spectrum);
     }
 
     /// Add what a block's output gradients give to the inputs of its window.
-    fn add_back(&self, out: &mut [f32], block: usize, re: &[f32], im: &[f32]) {
+    fn add_back(&self, out: &mut [f32], block: usize, window: &[f32]) {
         let start = (block * self.block) as isize - self.lead as isize;
-        let (n, scale, t) = (self.ring.n, self.scale(), self.t as isize);
-        let window = self.lead + self.outputs(block).len();
+        let (scale, t) = (self.transform.scale(), self.t as isize);
+        let samples = &window[self.first..][..self.lead + self.outputs(block).len()];
         let mut p = 0;
-        while p < window {
+        while p < samples.len() {
             let at = start + p as isize;
             let at = if self.boundary == Boundary::Circular { at.rem_euclid(t) } else { at };
             if at < 0 {
@@ -142,15 +236,16 @@ impl Cut {
             if at >= t {
                 break;
             }
-            let (part, from) = if p < n { (re, p) } else { (im, p - n) };
-            let len = (window - p).min((t - at) as usize).min(n - from);
-            out[at as usize..][..len].iter_mut().zip(&part[from..from + len]).for_each(|(o, x)| *o += scale * x);
+            let len = (samples.len() - p).min((t - at) as usize);
+            out[at as usize..][..len].iter_mut().zip(&samples[p..p + len]).for_each(|(o, x)| *o += scale * x);
             p += len;
         }
     }
 
-    fn scale(&self) -> f32 {
-        1.0 / self.ring.n as f32
+    /// out = the window's samples from `lead` on.
+    fn store(&self, out: &mut [f32], window: &[f32], lead: usize) {
+        let scale = self.transform.scale();
+        out.iter_mut().zip(&window[self.first + lead..]).for_each(|(o, x)| *o = x * scale);
     }
 }
 
@@ -252,7 +347,7 @@ impl Filter<'_> {
     }
 }
 
-/// Buffers of one worker: folded sequences of n points each.
+/// Buffers of one worker: windows of one length.
 struct Scratch {
     lines: Lines,
     ins: Stage,
@@ -261,9 +356,9 @@ struct Scratch {
 }
 
 impl Scratch {
-    fn new(n: usize, pairs: usize) -> Self {
+    fn new(len: usize, windows: usize) -> Self {
         let [ins, grads, outs] = [Stage::default(), Stage::default(), Stage::default()];
-        Self { lines: Lines::zeroed(2 * n * pairs), ins, grads, outs }
+        Self { lines: Lines::zeroed(len * windows), ins, grads, outs }
     }
 }
 
@@ -293,12 +388,11 @@ impl LongConv {
     /// Transform `h`, (1 or B, C, L), for sequences of `t` samples.
     pub fn new(h: &Signal<f32>, t: usize, boundary: Boundary, isa: Isa) -> Result<Self> {
         let cut = Cut::new("long_conv", t, h.shape[2], boundary, isa)?;
-        let n = cut.ring.n;
+        let len = cut.transform.len();
         let filters = [h.shape[0], h.shape[1]];
-        let mut spectra = Lines::zeroed(2 * n * filters[0] * filters[1]);
-        spectra.as_mut_slice().par_chunks_exact_mut(2 * n).enumerate().for_each(|(i, x)| {
-            let (re, im) = x.split_at_mut(n);
-            cut.load_filter(taps(h, i / filters[1], i % filters[1], &mut Vec::new()), re, im);
+        let mut spectra = Lines::zeroed(len * filters[0] * filters[1]);
+        spectra.as_mut_slice().par_chunks_exact_mut(len).enumerate().for_each(|(i, x)| {
+            cut.load_filter(taps(h, i / filters[1], i % filters[1], &mut Vec::new()), x);
         });
         Ok(Self { cut, filters, taps: h.shape[2], spectra })
     }
@@ -434,23 +528,15 @@ impl Tasks {
 
 impl Filter<'_> {
     /// The spectrum of filter (b, c): kept, or made in `room` if this is its first use.
-    fn spectrum<'a>(
-        &'a self,
-        cut: &Cut,
-        b: usize,
-        c: usize,
-        first: bool,
-        room: &'a mut [f32],
-    ) -> (&'a [f32], &'a [f32]) {
-        let n = cut.ring.n;
+    fn spectrum<'a>(&'a self, cut: &Cut, b: usize, c: usize, first: bool, room: &'a mut [f32]) -> &'a [f32] {
+        let len = cut.transform.len();
         match self {
-            Filter::Ready(p) => p.spectra.as_slice()[2 * n * (b * p.filters[1] + c)..][..2 * n].split_at(n),
+            Filter::Ready(p) => &p.spectra.as_slice()[len * (b * p.filters[1] + c)..][..len],
             Filter::Taps(h) => {
-                let (re, im) = room.split_at_mut(n);
                 if first {
-                    cut.load_filter(taps(h, b, c, &mut Vec::new()), re, im);
+                    cut.load_filter(taps(h, b, c, &mut Vec::new()), room);
                 }
-                (re, im)
+                room
             }
         }
     }
@@ -461,32 +547,31 @@ fn forward<T: Element>(cut: &Cut, filter: Filter, u: &Signal<T>, d: Option<&[f32
     if batch * channels * t == 0 {
         return Work::default();
     }
-    let (n, scale) = (cut.ring.n, cut.scale());
+    let (n, len) = (cut.transform.points(), cut.transform.len());
     let cells = y.cells();
     let tasks = Tasks::new(u.shape, &filter, u.row(0, 0).is_some() && cells.has_rows());
     over_tasks(
         tasks.count(),
         u.shape.iter().product(),
-        || Scratch::new(n, 1 + tasks.rooms()),
+        || Scratch::new(len, 1 + tasks.rooms()),
         |s, task| {
             let (hb, rows, cs) = tasks.get(task);
             let Scratch { lines, ins, outs, .. } = s;
-            let (folded, rooms) = lines.as_mut_slice().split_at_mut(2 * n);
-            let (re, im) = folded.split_at_mut(n);
+            let (window, rooms) = lines.as_mut_slice().split_at_mut(len);
             for b in rows.clone() {
                 ins.gather(u, b, cs.clone());
                 for c in cs.clone() {
-                    let room = &mut rooms[2 * n * ((c - cs.start) % tasks.rooms())..][..2 * n];
+                    let room = &mut rooms[len * ((c - cs.start) % tasks.rooms())..][..len];
                     let h = filter.spectrum(cut, hb, c, b == rows.start, room);
                     let x = ins.row(u, b, c, cs.start);
                     // SAFETY: each (b, c) belongs to one task.
                     let out = unsafe { outs.out(&cells, b, c, cs.start) };
                     for block in 0..cut.blocks {
-                        cut.load(x, block, re, im);
-                        cut.ring.convolve(re, im, h);
+                        cut.load(x, block, window);
+                        cut.transform.convolve(window, h);
                         let range = cut.outputs(block);
                         let out = &mut out[range.clone()];
-                        store(out, re, im, cut.lead, scale);
+                        cut.store(out, window, cut.lead);
                         if let Some(d) = d {
                             out.iter_mut().zip(range).for_each(|(o, t)| *o += d[c] * x.get(t));
                         }
@@ -502,7 +587,9 @@ fn forward<T: Element>(cut: &Cut, filter: Filter, u: &Signal<T>, d: Option<&[f32
     let outputs = (batch * channels * t) as u64;
     let (made, filter_bytes) = filter.work(cut, filters);
     Work {
-        flops: (made + 2 * runs) * cut.ring.flops() + 6 * runs * n as u64 + outputs * (1 + 2 * u64::from(d.is_some())),
+        flops: (made + 2 * runs) * cut.transform.flops()
+            + 6 * runs * n as u64
+            + outputs * (1 + 2 * u64::from(d.is_some())),
         bytes: outputs * (size_of::<T>() as u64 + 4) + filter_bytes,
         tiles: runs,
         ..Work::default()
@@ -514,7 +601,7 @@ impl Filter<'_> {
     fn work(&self, cut: &Cut, filters: u64) -> (u64, u64) {
         match self {
             Filter::Taps(_) => (filters, 4 * filters * cut.l as u64),
-            Filter::Ready(_) => (0, 8 * filters * cut.ring.n as u64),
+            Filter::Ready(_) => (0, 4 * filters * cut.transform.len() as u64),
         }
     }
 }
@@ -532,7 +619,7 @@ fn backward<T: Element>(
     const OP: &str = "long_conv backward";
     let [batch, channels, t] = u.shape;
     let [hb, _] = filter.shape();
-    let n = cut.ring.n;
+    let (n, len) = (cut.transform.points(), cut.transform.len());
     if let Some(du) = &grads.du {
         for (i, dim) in ["batch", "channels", "time"].into_iter().enumerate() {
             same(OP, dim, "du", du.shape[i], "u", u.shape[i])?;
@@ -561,24 +648,22 @@ fn backward<T: Element>(
     over_tasks(
         tasks.count(),
         u.shape.iter().product(),
-        || Scratch::new(n, 2 + 2 * keep),
+        || Scratch::new(len, 2 + 2 * keep),
         |s, task| {
             let (hb, rows, cs) = tasks.get(task);
             let Scratch { lines, ins, grads, outs, .. } = s;
-            let (folded, rest) = lines.as_mut_slice().split_at_mut(4 * n);
-            let (rooms, sums) = rest.split_at_mut(2 * n * keep);
-            let (x, g) = folded.split_at_mut(2 * n);
-            let ((xr, xi), (gr, gi)) = (x.split_at_mut(n), g.split_at_mut(n));
+            let (windows, rest) = lines.as_mut_slice().split_at_mut(2 * len);
+            let (rooms, sums) = rest.split_at_mut(len * keep);
+            let (xs, gs) = windows.split_at_mut(len);
             for b in rows.clone() {
                 ins.gather(u, b, cs.clone());
                 grads.gather(dy, b, cs.clone());
                 for c in cs.clone() {
-                    let slot = 2 * n * ((c - cs.start) % keep);
+                    let slot = len * ((c - cs.start) % keep);
                     let (x, g) = (ins.row(u, b, c, cs.start), grads.row(dy, b, c, cs.start));
-                    let (ar, ai) = sums[slot..][..2 * n].split_at_mut(n);
+                    let sum = &mut sums[slot..][..len];
                     if b == rows.start {
-                        ar.fill(0.0);
-                        ai.fill(0.0);
+                        sum.fill(0.0);
                     }
                     if want_d {
                         // SAFETY: (hb, c) belongs to this task.
@@ -587,7 +672,7 @@ fn backward<T: Element>(
                     // SAFETY: each (b, c) belongs to one task.
                     let row = du.as_ref().map(|cells| unsafe { outs.out(cells, b, c, cs.start) });
                     let mut out = row.map(|out| {
-                        let room = &mut rooms[slot..][..2 * n];
+                        let room = &mut rooms[slot..][..len];
                         (out, filter.spectrum(cut, hb, c, b == rows.start, room))
                     });
                     if let Some((out, _)) = &mut out {
@@ -597,27 +682,27 @@ fn backward<T: Element>(
                         if !want_h && out.is_none() {
                             break;
                         }
-                        cut.load_block(g, block, gr, gi);
-                        cut.ring.forward(gr, gi);
+                        cut.load_block(g, block, gs);
+                        cut.transform.forward(gs);
                         if want_h {
-                            cut.load(x, block, xr, xi);
-                            cut.ring.forward(xr, xi);
-                            cut.ring.correlate((gr, gi), (xr, xi), (ar, ai));
+                            cut.load(x, block, xs);
+                            cut.transform.forward(xs);
+                            cut.transform.correlate(gs, xs, sum);
                         }
                         if let Some((out, h)) = &mut out {
-                            cut.ring.correlate_back(gr, gi, *h);
-                            cut.add_back(out, block, gr, gi);
+                            cut.transform.correlate_back(gs, h);
+                            cut.add_back(out, block, gs);
                         }
                     }
                     if let (Some((out, _)), Some(d)) = (&mut out, d) {
                         out.iter_mut().enumerate().for_each(|(t, o)| *o += d[c] * g.get(t));
                     }
                     if want_h && b + 1 == rows.end {
-                        cut.ring.inverse(ar, ai);
+                        cut.transform.inverse(sum);
                         // SAFETY: the taps of (hb, c) belong to this task and lie inside dh, whose length was checked.
                         let taps =
                             unsafe { std::slice::from_raw_parts_mut(dh.at((hb * channels + c) * all_taps), cut.l) };
-                        store(taps, ar, ai, 0, cut.scale());
+                        cut.store(taps, sum, 0);
                     }
                 }
                 if let Some(cells) = &du {
@@ -639,7 +724,7 @@ fn backward<T: Element>(
     let (made, filter_bytes) = filter.work(cut, filters);
     let transforms = (want_u | want_h) * runs + want_u * (runs + made) + want_h * (runs + filters);
     Ok(Work {
-        flops: transforms * cut.ring.flops()
+        flops: transforms * cut.transform.flops()
             + 6 * want_u * runs * n as u64
             + 8 * want_h * runs * n as u64
             + outputs * (want_u * (1 + 2 * u64::from(d.is_some())) + 2 * want_d),
@@ -668,13 +753,4 @@ impl<T> Mutable<T> {
 fn dot<T: Element>(x: Row<T>, g: Row<f32>, t: usize) -> f64 {
     let run = |i: usize| (i..(i + 64).min(t)).map(|i| x.get(i) * g.get(i)).sum::<f32>();
     (0..t).step_by(64).map(|i| f64::from(run(i))).sum()
-}
-
-/// out = scale · samples from `lead` on.
-fn store(out: &mut [f32], re: &[f32], im: &[f32], lead: usize, scale: f32) {
-    let first = re.len().saturating_sub(lead).min(out.len());
-    let (a, b) = out.split_at_mut(first);
-    let later = lead.saturating_sub(re.len());
-    a.iter_mut().zip(&re[lead.min(re.len())..]).for_each(|(o, x)| *o = x * scale);
-    b.iter_mut().zip(&im[later..]).for_each(|(o, x)| *o = x * scale);
 }

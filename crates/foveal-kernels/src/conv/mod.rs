@@ -4,6 +4,7 @@
 //! Operands are [`Signal`]s of shape (batch, channels, time) with a stride for every axis, so that (B, C, T)
 //! and (B, T, C) memory are both read in place. Filters, outputs and gradients are f32; the signal may be bf16.
 
+mod cyclic;
 pub mod ema;
 pub(crate) mod lines;
 pub mod long;
