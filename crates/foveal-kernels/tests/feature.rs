@@ -203,7 +203,9 @@ fn unweighted_forward_and_backward() {
 
 #[test]
 fn weighted_both_forms_every_isa() {
-    for s in SHAPES.into_iter().filter(|s| s.tq == s.tk) {
+    // A sequence whose last sums are far larger than its first.
+    let long = Shape { b: 1, h: 1, hkv: 1, tq: 1200, tk: 1200, r: 3, dv: 2 };
+    for s in SHAPES.into_iter().filter(|s| s.tq == s.tk).chain([long]) {
         let x = data(s);
         for (causal, eps) in [(false, Some(0.05)), (true, Some(0.01)), (true, None)] {
             let (plain, want) = (reference_f32(s, &x, causal, eps, true), reference_f64(s, &x, causal, eps, true));
@@ -223,11 +225,8 @@ fn weighted_both_forms_every_isa() {
                 let (got, _) = run(s, &x, &FeatureAttend { form: ToeplitzForm::Fourier, isa: Some(isa), ..p.clone() });
                 within(&format!("{s:?} causal {causal} {eps:?} {isa} out"), 2.0, &got[0], &plain_out, &want[0]);
                 for i in 1..5 {
-                    // A transform's error follows the largest value of the whole sequence, and a row that sees few
-                    // keys divides it by a small denominator: no more than that is promised for gradients.
-                    let top = want[i].iter().fold(0f64, |a, x| a.max(x.abs()));
-                    let e = worst(&got[i], &want[i]);
-                    assert!(e <= 1e-4 * top, "{s:?} causal {causal} {eps:?} {isa} {}: {e:e} of {top:e}", NAMES[i]);
+                    let what = format!("{s:?} causal {causal} {eps:?} {isa} {}", NAMES[i]);
+                    within(&what, 3.0, &got[i], &plain[i], &want[i]);
                 }
             }
         }
@@ -308,7 +307,7 @@ fn work_of_the_causal_form_is_linear() {
         (one.flops * 4, one.bytes * 4, one.pairs * 4, one.tiles * 4),
         (four.flops, four.bytes, four.pairs, four.tiles)
     );
-    assert_eq!(one.pairs, 2 * 512 * 128);
+    assert_eq!(one.pairs, 2 * 512 * 32);
     assert_eq!(one.bytes, 4 * (2 * 512 * 8 + 512 * (8 + 4) + 2 * 512 * 4));
 }
 

@@ -1,7 +1,7 @@
 //! Unweighted feature attention: Σ φ(k)ᵀv carried from chunk to chunk, scores only inside a chunk.
 
 use super::matrix::{add_rows, dot, mat, product};
-use super::{CHUNK, FeatureAttend, FeatureState, GradRows, Sizes, load, store};
+use super::{CHUNK, FeatureAttend, FeatureState, GradRows, STEP, Sizes, load, store};
 use crate::view::{Element, Rows, View};
 use crate::work::Work;
 use rayon::prelude::*;
@@ -26,10 +26,15 @@ impl Sums {
     }
 }
 
-/// Chunks of `range`.
-fn chunks(range: Range<usize>) -> impl DoubleEndedIterator<Item = Range<usize>> {
+/// Pieces of `range`, `step` long.
+fn chunks(range: Range<usize>, step: usize) -> impl DoubleEndedIterator<Item = Range<usize>> {
     let Range { start, end } = range;
-    (0..(end - start).div_ceil(CHUNK)).map(move |i| start + i * CHUNK..(start + (i + 1) * CHUNK).min(end))
+    (0..(end - start).div_ceil(step)).map(move |i| start + i * step..(start + (i + 1) * step).min(end))
+}
+
+/// Queries of a chunk: where scores inside it are computed, long ones would cost more than they save.
+fn step(p: &FeatureAttend) -> usize {
+    if p.causal { STEP } else { CHUNK }
 }
 
 /// Buffers of one task.
@@ -45,7 +50,7 @@ struct Scratch {
 impl Scratch {
     fn new(n: Sizes) -> Self {
         let room = |d: usize| vec![0.0; CHUNK * d];
-        Self { q: room(n.r), k: room(n.r), v: room(n.dv), a: room(CHUNK), num: room(n.dv), den: room(1) }
+        Self { q: room(n.r), k: room(n.r), v: room(n.dv), a: room(STEP), num: room(n.dv), den: room(1) }
     }
 
     fn keys<T: Element>(&mut self, k: &View<T>, v: &View<T>, b: usize, kv: usize, at: &Range<usize>) {
@@ -105,11 +110,11 @@ pub(super) fn forward<T: Element>(
             sums = Sums { kv: kv.to_vec(), k: k.to_vec() };
         }
         // Keys that every query sees.
-        for at in chunks(0..if p.causal { n.tk - n.tq } else { n.tk }) {
+        for at in chunks(0..if p.causal { n.tk - n.tq } else { n.tk }, CHUNK) {
             s.keys(k, v, b, kv, &at);
             done += sums.add(n, &s.k, &s.v, at.len());
         }
-        for at in chunks(0..n.tq) {
+        for at in chunks(0..n.tq, step(p)) {
             if p.causal {
                 s.keys(k, v, b, kv, &(n.tk - n.tq + at.start..n.tk - n.tq + at.end));
             }
@@ -133,8 +138,8 @@ pub(super) fn forward<T: Element>(
 }
 
 fn work<T>(p: &FeatureAttend, n: Sizes, flops: usize, written: usize) -> Work {
-    let inside: usize = if p.causal { chunks(0..n.tq).map(|c| c.len() * c.len()).sum() } else { 0 };
-    let tiles = if p.causal { n.b * n.h * n.tq.div_ceil(CHUNK) } else { 0 };
+    let inside: usize = if p.causal { chunks(0..n.tq, step(p)).map(|c| c.len() * c.len()).sum() } else { 0 };
+    let tiles = if p.causal { n.b * n.h * n.tq.div_ceil(step(p)) } else { 0 };
     n.work::<T>(flops, tiles, n.b * n.h * inside, written)
 }
 
@@ -156,12 +161,12 @@ pub(super) fn backward<T: Element>(
         // Gradients of numerators and denominators of all rows of the group.
         let mut dnum = vec![0f32; n.group() * n.tq * n.dv];
         let mut dden = vec![0f32; n.group() * n.tq];
-        let (mut dq, mut da) = (vec![0f32; CHUNK * n.r], vec![0f32; CHUNK * CHUNK]);
-        for at in chunks(0..shared) {
+        let (mut dq, mut da) = (vec![0f32; CHUNK * n.r], vec![0f32; STEP * STEP]);
+        for at in chunks(0..shared, CHUNK) {
             s.keys(k, v, b, kv, &at);
             done += sums.add(n, &s.k, &s.v, at.len());
         }
-        for at in chunks(0..n.tq) {
+        for at in chunks(0..n.tq, step(p)) {
             let rows = at.len();
             if p.causal {
                 s.keys(k, v, b, kv, &(shared + at.start..shared + at.end));
@@ -216,7 +221,7 @@ pub(super) fn backward<T: Element>(
             done += product(&mut s.num, mat(&s.k, rows, n.r), mat(&later.kv, n.r, n.dv), false);
             done + rows * n.r
         };
-        for at in chunks(0..n.tq).rev() {
+        for at in chunks(0..n.tq, step(p)).rev() {
             let (rows, keys) = (at.len(), shared + at.start..shared + at.end);
             if p.causal {
                 s.keys(k, v, b, kv, &keys);
@@ -243,7 +248,7 @@ pub(super) fn backward<T: Element>(
                 done += query_sums(&mut s, &mut later, &at, g);
             }
         }
-        for at in chunks(0..shared) {
+        for at in chunks(0..shared, CHUNK) {
             s.keys(k, v, b, kv, &at);
             done += from_later(&mut s, &mut dk, &later, at.len());
             // SAFETY: as above.

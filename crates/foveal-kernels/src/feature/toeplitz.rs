@@ -3,6 +3,10 @@
 //! By transform: for a feature r and a value channel d, Σ_j c_(i−j) k_jr v_jd is a convolution along j, and
 //! o_id = Σ_r q_ir · (that). The denominator is one more value channel, of ones. The weights of both signs are
 //! laid around one ring of at least 2T − 1 samples, so nothing that is read has wrapped. Directly: tile by tile.
+//!
+//! A transform's error follows the largest value of the whole sequence. A causal row of few keys has small sums, which
+//! would drown in it, and a large factor 1 / den, which would drown the others in the way back: the first rows go
+//! directly, and the transforms get zeros for their gradients.
 
 use super::matrix::{mat, product};
 use super::{CHUNK, FeatureAttend, GradRows, Sizes, ToeplitzForm, load, store};
@@ -153,19 +157,112 @@ pub(super) fn forward<T: Element>(
     out: &Rows<f32>,
 ) -> Work {
     let ring = Ring::new(points(n.tk), p.isa.unwrap_or_else(Isa::active));
-    (0..n.b * n.h).into_par_iter().for_each(|task| {
+    let done = (0..n.b * n.h).into_par_iter().map(|task| {
         let (b, h) = (task / n.h, task % n.h);
         let head = Head::new(p, n, c, &ring, (q, k, v), [b, h, h / n.group()]);
-        let num = head.numerators(n.r);
+        let mut num = head.numerators(n.r);
+        let mut early = Early::new(p, n, c, (q, k, v), [b, h, h / n.group()]);
+        early.numerators(p, n, &mut num);
         for i in 0..n.tq {
             // SAFETY: the head belongs to this task.
             let row = unsafe { out.row_mut(b, h, i) };
             row.iter_mut().enumerate().for_each(|(d, o)| *o = num[d * n.tk + i]);
             p.finish(row, if p.normalise.is_some() { num[n.dv * n.tk + i] } else { 0.0 });
         }
+        early.done
     });
+    let done: usize = done.sum();
     let channels = n.dv + usize::from(p.normalise.is_some());
-    n.work::<T>(flops(n, &ring, channels, 2), 0, 0, n.b * n.h * n.tq * n.dv)
+    let (tiles, pairs) = early_tiles(p, n);
+    n.work::<T>(flops(n, &ring, channels, 2) + done, tiles, pairs, n.b * n.h * n.tq * n.dv)
+}
+
+/// Rows that a call by transform computes directly.
+fn early_rows(p: &FeatureAttend, n: Sizes) -> usize {
+    if p.causal { n.tq.min(CHUNK) } else { 0 }
+}
+
+/// Tiles and scores of those rows, all heads.
+fn early_tiles(p: &FeatureAttend, n: Sizes) -> (usize, usize) {
+    let m = early_rows(p, n);
+    (n.b * n.h * usize::from(m > 0), n.b * n.h * m * m)
+}
+
+/// The first rows of a head, and the keys they see: as many.
+struct Early<'a> {
+    rows: usize,
+    c: &'a [f32],
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    a: Vec<f32>,
+    da: Vec<f32>,
+    /// Row-major, from numerators to the gradients of them.
+    num: Vec<f32>,
+    den: Vec<f32>,
+    /// Operations.
+    done: usize,
+}
+
+impl<'a> Early<'a> {
+    fn new<T: Element>(
+        p: &FeatureAttend,
+        n: Sizes,
+        c: &'a [f32],
+        (q, k, v): (&View<T>, &View<T>, &View<T>),
+        [b, h, kv]: [usize; 3],
+    ) -> Self {
+        let rows = early_rows(p, n);
+        let part = |x: &View<T>, h: usize| {
+            let mut out = vec![0.0; rows * x.shape[3]];
+            load(x, b, h, 0, rows, &mut out);
+            out
+        };
+        let room = |d: usize| vec![0f32; rows * d];
+        let c = &c[h * (2 * n.tk).saturating_sub(1)..];
+        let (q, k, v) = (part(q, h), part(k, kv), part(v, kv));
+        Self { rows, c, q, k, v, a: room(rows), da: room(rows), num: room(n.dv), den: room(1), done: 0 }
+    }
+
+    /// Put their numerators (and denominators) in the place of those by transform, (channels, T).
+    fn numerators(&mut self, p: &FeatureAttend, n: Sizes, num: &mut [f32]) {
+        if self.rows == 0 {
+            return;
+        }
+        let qkv = (&self.q[..], &self.k[..], &self.v[..]);
+        self.done += direct_rows(p, n, self.c, &(0..self.rows), qkv, &mut self.a, &mut self.num, &mut self.den);
+        for i in 0..self.rows {
+            (0..n.dv).for_each(|d| num[d * n.tk + i] = self.num[i * n.dv + d]);
+            if p.normalise.is_some() {
+                num[n.dv * n.tk + i] = self.den[i];
+            }
+        }
+    }
+
+    /// Take the gradients of the numerators (and denominators) out of `dnum`, (channels, T), leaving zeros.
+    fn take(&mut self, p: &FeatureAttend, n: Sizes, dnum: &mut [f32]) {
+        for i in 0..self.rows {
+            (0..n.dv).for_each(|d| self.num[i * n.dv + d] = std::mem::take(&mut dnum[d * n.tk + i]));
+            self.den[i] = if p.normalise.is_some() { std::mem::take(&mut dnum[n.dv * n.tk + i]) } else { 0.0 };
+        }
+    }
+
+    /// Add what the gradients taken give to dq, dk and dv, (width, T), and the weights.
+    fn backward(&mut self, p: &FeatureAttend, n: Sizes, [dq, dk, dv]: [&mut [f32]; 3], dc: Option<&mut [f32]>) {
+        if self.rows == 0 {
+            return;
+        }
+        let m = self.rows;
+        let (mut q, mut k, mut v) = (vec![0f32; m * n.r], vec![0f32; m * n.r], vec![0f32; m * n.dv]);
+        let (qkv, squares) = ((&self.q[..], &self.k[..], &self.v[..]), [&mut self.a[..], &mut self.da[..]]);
+        let grads = [&mut q[..], &mut k[..], &mut v[..]];
+        self.done += direct_back(p, n, self.c, &(0..m), qkv, [&self.num, &self.den], squares, grads, dc);
+        for (out, rows, width) in [(dq, &q, n.r), (dk, &k, n.r), (dv, &v, n.dv)] {
+            for (i, row) in rows.chunks_exact(width.max(1)).enumerate() {
+                row.iter().enumerate().for_each(|(c, x)| out[c * n.tk + i] += x);
+            }
+        }
+    }
 }
 
 pub(super) fn backward<T: Element>(
@@ -181,6 +278,7 @@ pub(super) fn backward<T: Element>(
 ) -> Work {
     let ring = Ring::new(points(n.tk), p.isa.unwrap_or_else(Isa::active));
     let (t, scale, width) = (n.tk, 1.0 / ring.n as f32, (2 * n.tk).saturating_sub(1));
+    let total = std::sync::atomic::AtomicUsize::new(0);
     let mut dc = vec![0f32; if dweights.is_some() { n.b * n.h * width } else { 0 }];
     each_group(&mut dc, n, width, |task, mut dc| {
         let (b, kv) = (task / n.hkv, task % n.hkv);
@@ -190,6 +288,8 @@ pub(super) fn backward<T: Element>(
             let h = kv * n.group() + g;
             let head = Head::new(p, n, c, &ring, (q, k, v), [b, h, kv]);
             let mut num = head.numerators(n.r);
+            let mut early = Early::new(p, n, c, (q, k, v), [b, h, kv]);
+            early.numerators(p, n, &mut num);
             let mut dq = vec![0f32; n.r * t];
             for i in 0..t {
                 let mut o: Vec<f32> = (0..n.dv).map(|d| num[d * t + i]).collect();
@@ -202,6 +302,7 @@ pub(super) fn backward<T: Element>(
                     num[n.dv * t + i] = dden;
                 }
             }
+            early.take(p, n, &mut num);
             let (re, im) = sum.parts();
             re.fill(0.0);
             im.fill(0.0);
@@ -227,12 +328,10 @@ pub(super) fn backward<T: Element>(
                     add(&mut dv[d * t..(d + 1) * t], kr, yr);
                 }
             }
-            // SAFETY: the heads of a group belong to this task.
-            unsafe { store(&transpose(&dq, t), n.r, &grads.dq, b, h, 0) };
+            let mut dc = dc.as_deref_mut().map(|dc| &mut dc[g * width..(g + 1) * width]);
             if let Some(dc) = &mut dc {
                 let (re, im) = sum.parts();
                 ring.inverse(re, im);
-                let dc = &mut dc[g * width..(g + 1) * width];
                 for d in 0..t {
                     dc[t - 1 + d] = scale * *sum.at(d);
                     if d > 0 && !p.causal {
@@ -240,6 +339,10 @@ pub(super) fn backward<T: Element>(
                     }
                 }
             }
+            early.backward(p, n, [&mut dq, &mut dk, &mut dv], dc);
+            total.fetch_add(early.done, std::sync::atomic::Ordering::Relaxed);
+            // SAFETY: the heads of a group belong to this task.
+            unsafe { store(&transpose(&dq, t), n.r, &grads.dq, b, h, 0) };
         }
         // SAFETY: the key head belongs to this task.
         unsafe {
@@ -249,7 +352,8 @@ pub(super) fn backward<T: Element>(
     });
     sum_batch(dweights, &dc);
     let channels = n.dv + usize::from(p.normalise.is_some());
-    n.work::<T>(flops(n, &ring, channels, 6), 0, 0, written(n))
+    let (tiles, pairs) = early_tiles(p, n);
+    n.work::<T>(flops(n, &ring, channels, 6) + total.into_inner(), tiles, pairs, written(n))
 }
 
 /// Elements of dq, dk and dv.
@@ -371,6 +475,49 @@ pub(super) fn forward_direct<T: Element>(
     n.work::<T>(flops, n.b * n.h * tiles, n.b * n.h * pairs, n.b * n.h * n.tq * n.dv)
 }
 
+/// What one tile of queries, with the gradients of its numerators and denominators, adds to `dq` (of the tile's rows), dk and
+/// dv (of all) and the weights. Returns operations.
+fn direct_back(
+    p: &FeatureAttend,
+    n: Sizes,
+    c: &[f32],
+    qs: &Range<usize>,
+    (q, k, v): (&[f32], &[f32], &[f32]),
+    [dnum, dden]: [&[f32]; 2],
+    [a, da]: [&mut [f32]; 2],
+    [dq, dk, dv]: [&mut [f32]; 3],
+    mut dc: Option<&mut [f32]>,
+) -> usize {
+    let (m, t, mut done) = (qs.len(), n.tk, 0);
+    let q = mat(&q[qs.start * n.r..], m, n.r);
+    for ks in seen(p, t, qs) {
+        let (kt, vt) = (mat(&k[ks.start * n.r..], ks.len(), n.r), mat(&v[ks.start * n.dv..], ks.len(), n.dv));
+        done += product(a, q, kt.t(), false);
+        done += product(da, mat(dnum, m, n.dv), vt.t(), false);
+        for i in 0..m {
+            let at = i * ks.len()..(i + 1) * ks.len();
+            let sees = visible(p, qs.start + i, &ks);
+            let (a, da) = (&mut a[at.clone()], &mut da[at]);
+            a[sees..].fill(0.0);
+            da[sees..].fill(0.0);
+            da[..sees].iter_mut().for_each(|x| *x += dden[i]);
+            if let Some(dc) = &mut dc {
+                let first = qs.start + i + t - 1 - ks.start;
+                (0..sees).for_each(|j| dc[first - j] += a[j] * da[j]);
+            }
+            for ((a, da), c) in a.iter_mut().zip(da).zip(row_weights(c, t, qs.start + i, &ks)) {
+                (*a, *da) = (*a * c, *da * c);
+            }
+        }
+        done += 5 * m * ks.len();
+        let (a, da) = (mat(a, m, ks.len()), mat(da, m, ks.len()));
+        done += product(dq, da, kt, true);
+        done += product(&mut dk[ks.start * n.r..ks.end * n.r], da.t(), q, true);
+        done += product(&mut dv[ks.start * n.dv..ks.end * n.dv], a.t(), mat(dnum, m, n.dv), true);
+    }
+    done
+}
+
 pub(super) fn backward_direct<T: Element>(
     p: &FeatureAttend,
     n: Sizes,
@@ -406,33 +553,9 @@ pub(super) fn backward_direct<T: Element>(
                     den[i] = p.unfinish(&num[row.clone()], &mut dnum[row], inverse);
                 }
                 dq.fill(0.0);
-                let q = mat(&q[qs.start * n.r..], m, n.r);
-                for ks in seen(p, t, &qs) {
-                    let (kt, vt) =
-                        (mat(&k[ks.start * n.r..], ks.len(), n.r), mat(&v[ks.start * n.dv..], ks.len(), n.dv));
-                    done += product(&mut a, q, kt.t(), false);
-                    done += product(&mut da, mat(dnum, m, n.dv), vt.t(), false);
-                    for i in 0..m {
-                        let at = i * ks.len()..(i + 1) * ks.len();
-                        let sees = visible(p, qs.start + i, &ks);
-                        let (a, da) = (&mut a[at.clone()], &mut da[at]);
-                        a[sees..].fill(0.0);
-                        da[sees..].fill(0.0);
-                        da[..sees].iter_mut().for_each(|x| *x += den[i]);
-                        if let Some(dc) = &mut dc {
-                            let first = g * width + qs.start + i + t - 1 - ks.start;
-                            (0..sees).for_each(|j| dc[first - j] += a[j] * da[j]);
-                        }
-                        for ((a, da), c) in a.iter_mut().zip(da).zip(row_weights(c, t, qs.start + i, &ks)) {
-                            (*a, *da) = (*a * c, *da * c);
-                        }
-                    }
-                    done += 5 * m * ks.len();
-                    let (a, da) = (mat(&a, m, ks.len()), mat(&da, m, ks.len()));
-                    done += product(dq, da, kt, true);
-                    done += product(&mut dk[ks.start * n.r..ks.end * n.r], da.t(), q, true);
-                    done += product(&mut dv[ks.start * n.dv..ks.end * n.dv], a.t(), mat(dnum, m, n.dv), true);
-                }
+                let dc = dc.as_deref_mut().map(|dc| &mut dc[g * width..(g + 1) * width]);
+                let (squares, out) = ([&mut a[..], &mut da[..]], [&mut *dq, &mut dk[..], &mut dv[..]]);
+                done += direct_back(p, n, c, &qs, (&q, &k, &v), [dnum, &den], squares, out, dc);
                 // SAFETY: the heads of a group belong to this task.
                 unsafe { store(dq, n.r, &grads.dq, b, h, qs.start) };
             }
