@@ -343,6 +343,10 @@ pub struct BenchModelArgs {
 ///
 /// Each row is the median and the fastest of repeated calls after one warm-up; rates come from the
 /// work that the calls themselves count.
+///
+/// With --report the machine is measured first (arithmetic in registers, matrix products, reading memory,
+/// exponentials), and a page shows each operation under the roof that the machine sets for it; linear layers and sparse
+/// attention are then timed at one shape each.
 #[derive(Args)]
 pub struct BenchOpsArgs {
     /// Only operations whose name contains this
@@ -372,6 +376,12 @@ pub struct BenchOpsArgs {
     /// How to print
     #[arg(long, value_name = "FORMAT", default_value = "markdown")]
     pub format: Format,
+    /// Measure the machine as well and write a page with the roofline picture
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// Measure the machine as well and write ceilings and rows to a JSON file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]

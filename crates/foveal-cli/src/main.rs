@@ -7,6 +7,7 @@ mod files;
 mod machine;
 mod models;
 mod progress;
+mod run_facts;
 mod table;
 
 use clap::Parser;

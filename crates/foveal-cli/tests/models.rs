@@ -275,6 +275,28 @@ fn times_the_primitives() {
     assert!(fails(dir.path(), &["bench", "ops", "--filter", "no such op", "--quiet"]).contains("matches no operation"));
 }
 
+#[test]
+fn places_the_primitives_under_the_roofs_of_the_machine() {
+    let dir = tempfile::tempdir().unwrap();
+    let ops = ["bench", "ops", "--tokens", "64", "--heads", "2", "--kv-heads", "1", "--seconds", "0"];
+    let run = |more: &[&str]| ok(dir.path(), &[&ops[..], more].concat());
+    let table = run(&["--report", "page.html", "--json", "data.json"]);
+    for word in
+        ["f32 product", "bf16 product", "memory read", "% of roof", "attend backward", "recur delta", "long_conv"]
+    {
+        assert!(table.contains(word), "{word}: {table}");
+    }
+    let page = std::fs::read_to_string(dir.path().join("page.html")).unwrap();
+    assert!(page.contains("<svg") && page.ends_with("</html>\n") && !page.contains("http:"), "{page}");
+    let data: Value = serde_json::from_str(&std::fs::read_to_string(dir.path().join("data.json")).unwrap()).unwrap();
+    assert!(data["ceilings"]["read_all"]["rate"].as_f64().unwrap() > 0.0);
+    let points = data["points"].as_array().unwrap();
+    assert!(points.iter().all(|p| p["share"].as_f64().unwrap() > 0.0), "{points:?}");
+    assert_eq!(left_in(dir.path()), ["data.json", "page.html"]);
+    let e = fails(dir.path(), &[&ops[..], &["--report", "none/page.html", "--quiet"]].concat());
+    assert!(e.contains("create it first"), "{e}");
+}
+
 /// The names in a folder, in order.
 fn left_in(dir: &Path) -> Vec<String> {
     let names = std::fs::read_dir(dir).unwrap().flatten().map(|e| e.file_name().to_string_lossy().into_owned());

@@ -24,6 +24,7 @@ pub mod isa;
 mod lanes;
 pub mod linear;
 pub mod merge;
+pub mod peak;
 pub mod rank;
 pub mod recur;
 pub mod scores;

@@ -5,10 +5,15 @@
 
 use crate::compare::median;
 use crate::error::{LabError, Result};
+use foveal_kernels::conv::{Boundary, LongGrads, ShortConv, Signal, SignalMut, long_conv, long_conv_backward};
 use foveal_kernels::decode::{Codec, Decode, Segment};
-use foveal_kernels::exp::{Fun, apply};
+use foveal_kernels::elementwise::{rms_norm, softmax_rows};
+use foveal_kernels::exp::{Fun, apply_to};
+use foveal_kernels::feature::FeatureAttend;
+use foveal_kernels::recur::{Gate, Recur};
 use foveal_kernels::{
-    Attend, BlockTable, HeadKeys, HeadTable, Isa, KeyLists, PackedLinear, View, ViewMut, WeightFormat, Work, merge_row,
+    Attend, AttendGrads, BlockTable, HeadKeys, HeadTable, Isa, KeyLists, PackedLinear, Upstream, View, ViewMut,
+    WeightFormat, Work, merge_row,
 };
 use half::bf16;
 use rand::{Rng, SeedableRng};
@@ -68,6 +73,8 @@ pub struct BenchOptions {
     pub head_dim: usize,
     /// Instruction sets; empty = the one in force.
     pub isas: Vec<Isa>,
+    /// One shape instead of several for linear layers, one density for sparse attention.
+    pub brief: bool,
     /// Calls are repeated until this many seconds are spent (3 to 200 times).
     pub seconds: f64,
     /// Seed of the operands.
@@ -83,6 +90,7 @@ impl Default for BenchOptions {
             kv_heads: 3,
             head_dim: 64,
             isas: Vec::new(),
+            brief: false,
             seconds: 0.3,
             seed: 0,
         }
@@ -97,19 +105,22 @@ struct Bench<'a> {
     isa: Isa,
     rows: Vec<OpRow>,
     cancel: Option<&'a AtomicBool>,
-    on_row: &'a mut dyn FnMut(&OpRow),
+    /// Share of the sweep that lies behind.
+    done: f64,
+    on_row: &'a mut dyn FnMut(f64, &OpRow),
 }
 
 impl Bench<'_> {
-    fn wanted(&self, op: &str) -> bool {
-        self.o.filter.as_ref().is_none_or(|f| op.contains(f.as_str()))
+    /// May operations whose names begin with `group` match the filter?
+    fn wanted(&self, group: &str) -> bool {
+        self.o.filter.as_ref().is_none_or(|f| group.contains(f.as_str()) || f.contains(group))
     }
 
     fn time(&mut self, op: &str, shape: String, dtype: &str, call: &mut dyn FnMut() -> Result<Work>) -> Result<()> {
-        let stop = || match self.cancel {
-            Some(c) if c.load(Ordering::Relaxed) => Err(LabError::Cancelled),
-            _ => Ok(()),
-        };
+        if self.o.filter.as_ref().is_some_and(|f| !op.contains(f.as_str())) {
+            return Ok(());
+        }
+        let stop = || stopped(self.cancel);
         stop()?;
         let work = call()?;
         let (mut t, mut spent) = (Vec::new(), 0.0);
@@ -140,9 +151,17 @@ impl Bench<'_> {
             pairs: work.pairs,
             fallback: work.fallback,
         };
-        (self.on_row)(&row);
+        (self.on_row)(self.done, &row);
         self.rows.push(row);
         Ok(())
+    }
+}
+
+/// The error of a run that is to stop.
+pub(crate) fn stopped(cancel: Option<&AtomicBool>) -> Result<()> {
+    match cancel {
+        Some(c) if c.load(Ordering::Relaxed) => Err(LabError::Cancelled),
+        _ => Ok(()),
     }
 }
 
@@ -154,11 +173,12 @@ fn narrow(x: &[f32]) -> Vec<bf16> {
     x.iter().map(|&v| bf16::from_f32(v)).collect()
 }
 
-/// Run the sweep; `on_row` is told of each row as it comes, `cancel` stops before the next call.
+/// Run the sweep; `on_row` is told of each row as it comes, after the share of the sweep (0 to 1) that was behind when its
+/// operation began; `cancel` stops before the next call.
 ///
 /// # Errors
 /// Head counts that do not divide, a kernel's refusal, cancellation.
-pub fn ops(o: &BenchOptions, cancel: Option<&AtomicBool>, on_row: &mut dyn FnMut(&OpRow)) -> Result<Vec<OpRow>> {
+pub fn ops(o: &BenchOptions, cancel: Option<&AtomicBool>, on_row: &mut dyn FnMut(f64, &OpRow)) -> Result<Vec<OpRow>> {
     if o.head_dim == 0 {
         return Err(LabError::Setting { name: "head_dim", value: "0".into(), remedy: "use at least 1".into() });
     }
@@ -185,14 +205,24 @@ pub fn ops(o: &BenchOptions, cancel: Option<&AtomicBool>, on_row: &mut dyn FnMut
     }
     let mut rows = Vec::new();
     let isas = if o.isas.is_empty() { vec![Isa::active()] } else { o.isas.clone() };
+    let by_length = [attention, attention_backward, decoding, recurrences, features, convolutions];
+    let (mut done, all) = (0, isas.len() * (o.tokens.len() * by_length.len() + 2));
     for isa in isas {
-        let mut b = Bench { o, isa, rows: Vec::new(), cancel, on_row };
+        let mut b = Bench { o, isa, rows: Vec::new(), cancel, done: 0.0, on_row };
+        let mut begin = |b: &mut Bench| {
+            b.done = done as f64 / all as f64;
+            done += 1;
+        };
         for &t in &o.tokens {
-            attention(&mut b, t)?;
-            decoding(&mut b, t)?;
+            for part in by_length {
+                begin(&mut b);
+                part(&mut b, t)?;
+            }
         }
-        linears(&mut b)?;
-        small(&mut b)?;
+        for part in [linears, small] {
+            begin(&mut b);
+            part(&mut b)?;
+        }
         rows.extend(b.rows);
     }
     Ok(rows)
@@ -222,7 +252,8 @@ fn attention(b: &mut Bench, t: usize) -> Result<()> {
         b.time("attend causal", shape.clone(), "f32", &mut || run!(causal, &q, &k, &v))?;
         let (q16, k16, v16) = (narrow(&q), narrow(&k), narrow(&v));
         b.time("attend causal", shape.clone(), "bf16", &mut || run!(causal, &q16, &k16, &v16))?;
-        for density in [0.5, 0.25, 0.1] {
+        let densities: &[f64] = if b.o.brief { &[0.25] } else { &[0.5, 0.25, 0.1] };
+        for &density in densities {
             const BLOCK: usize = 64;
             let heads = (0..h)
                 .map(|_| {
@@ -240,7 +271,8 @@ fn attention(b: &mut Bench, t: usize) -> Result<()> {
     }
     if b.wanted("attend_indexed") {
         const GROUP: usize = 64;
-        for share in [0.25, 0.05] {
+        let shares: &[f64] = if b.o.brief { &[0.25] } else { &[0.25, 0.05] };
+        for &share in shares {
             let heads = (0..h)
                 .map(|_| {
                     let lists = (0..t.div_ceil(GROUP))
@@ -263,6 +295,137 @@ fn attention(b: &mut Bench, t: usize) -> Result<()> {
                 )?)
             })?;
         }
+    }
+    Ok(())
+}
+
+fn attention_backward(b: &mut Bench, t: usize) -> Result<()> {
+    const OP: &str = "attend backward";
+    if !b.wanted(OP) {
+        return Ok(());
+    }
+    let (h, hkv, d) = (b.o.heads, b.o.kv_heads, b.o.head_dim);
+    let mut rng = ChaCha8Rng::seed_from_u64(b.o.seed);
+    let (q, k, v) = (noise(&mut rng, h * t * d), noise(&mut rng, hkv * t * d), noise(&mut rng, hkv * t * d));
+    let dout = noise(&mut rng, h * t * d);
+    let (mut out, mut lse) = (vec![0f32; h * t * d], vec![0f32; h * t]);
+    let (mut dq, mut dk, mut dv) = (vec![0f32; h * t * d], vec![0f32; hkv * t * d], vec![0f32; hkv * t * d]);
+    let (qs, ks) = ([1, h, t, d], [1, hkv, t, d]);
+    let attend = Attend::new(1.0 / (d as f32).sqrt()).causal(true).isa(b.isa);
+    macro_rules! run {
+        ($dtype:expr, $q:expr, $k:expr, $v:expr) => {{
+            let (q, k, v) =
+                (View::contiguous("q", $q, qs)?, View::contiguous("k", $k, ks)?, View::contiguous("v", $v, ks)?);
+            attend.run(&q, &k, &v, &mut ViewMut::contiguous("out", &mut out, qs)?, Some(&mut lse))?;
+            b.time(OP, format!("1x{h}({hkv})x{t}x{d} causal"), $dtype, &mut || {
+                let up = Upstream {
+                    out: &View::contiguous("out", &out, qs)?,
+                    lse: &lse,
+                    dout: &View::contiguous("dout", &dout, qs)?,
+                    dlse: None,
+                };
+                let grads = AttendGrads {
+                    dq: &mut ViewMut::contiguous("dq", &mut dq, qs)?,
+                    dk: &mut ViewMut::contiguous("dk", &mut dk, ks)?,
+                    dv: &mut ViewMut::contiguous("dv", &mut dv, ks)?,
+                    dsinks: None,
+                    dbias: None,
+                };
+                Ok(attend.backward(&q, &k, &v, &up, grads)?)
+            })?;
+        }};
+    }
+    run!("f32", &q, &k, &v);
+    let (q16, k16, v16) = (narrow(&q), narrow(&k), narrow(&v));
+    run!("bf16", &q16, &k16, &v16);
+    Ok(())
+}
+
+fn recurrences(b: &mut Bench, t: usize) -> Result<()> {
+    if !b.wanted("recur") {
+        return Ok(());
+    }
+    let (h, d) = (b.o.heads, b.o.head_dim);
+    let mut rng = ChaCha8Rng::seed_from_u64(b.o.seed);
+    // Keys of a norm under one, as delta rules have them.
+    let [q, k, v] =
+        [1.0, 0.2, 1.0].map(|size| noise(&mut rng, h * t * d).iter().map(|x| x * size).collect::<Vec<f32>>());
+    let (q, k, v) = (narrow(&q), narrow(&k), narrow(&v));
+    let g: Vec<f32> = noise(&mut rng, h * t).iter().map(|x| 0.05 * (x - 1.0)).collect();
+    let beta: Vec<f32> = noise(&mut rng, h * t).iter().map(|x| 0.5 + 0.5 * x).collect();
+    let dout = noise(&mut rng, h * t * d);
+    let mut out = vec![0f32; h * t * d];
+    let (shape, one) = ([1, h, t, d], [1, h, t, 1]);
+    let words = format!("1x{h}x{t}x{d}");
+    let (q, k, v) =
+        (View::contiguous("q", &q, shape)?, View::contiguous("k", &k, shape)?, View::contiguous("v", &v, shape)?);
+    let scalar = Gate::Scalar { g: View::contiguous("g", &g, one)? };
+    for (name, gate) in
+        [("recur scalar", scalar), ("recur delta", Gate::Delta { beta: View::contiguous("beta", &beta, one)? })]
+    {
+        let r = Recur::new(gate, 0.125).isa(b.isa);
+        b.time(name, words.clone(), "bf16", &mut || {
+            Ok(r.forward(&q, &k, &v, None, &mut ViewMut::contiguous("out", &mut out, shape)?, None)?)
+        })?;
+    }
+    let r = Recur::new(scalar, 0.125).isa(b.isa);
+    b.time("recur scalar backward", words, "bf16", &mut || {
+        Ok(r.backward(&q, &k, &v, None, &View::contiguous("dout", &dout, shape)?, None)?.1)
+    })
+}
+
+fn features(b: &mut Bench, t: usize) -> Result<()> {
+    if !b.wanted("feature_attend") {
+        return Ok(());
+    }
+    let (h, d) = (b.o.heads, b.o.head_dim);
+    let mut rng = ChaCha8Rng::seed_from_u64(b.o.seed);
+    let [q, k, v] = [(); 3].map(|()| noise(&mut rng, h * t * d));
+    let weights = noise(&mut rng, h * (2 * t - 1));
+    let mut out = vec![0f32; h * t * d];
+    let shape = [1, h, t, d];
+    let (q, k, v) =
+        (View::contiguous("q", &q, shape)?, View::contiguous("k", &k, shape)?, View::contiguous("v", &v, shape)?);
+    let isa = Some(b.isa);
+    for (name, weights) in [("feature_attend causal", None), ("feature_attend weighted", Some(&weights[..]))] {
+        let p = FeatureAttend { causal: true, weights, isa, ..FeatureAttend::default() };
+        b.time(name, format!("1x{h}x{t}x{d}"), "f32", &mut || {
+            Ok(p.run(&q, &k, &v, &mut ViewMut::contiguous("out", &mut out, shape)?, None)?)
+        })?;
+    }
+    Ok(())
+}
+
+fn convolutions(b: &mut Bench, t: usize) -> Result<()> {
+    if !b.wanted("long_conv") && !b.wanted("short_conv") {
+        return Ok(());
+    }
+    let c = b.o.heads * b.o.head_dim;
+    let mut rng = ChaCha8Rng::seed_from_u64(b.o.seed);
+    let (h, u, d) = (noise(&mut rng, c * t), noise(&mut rng, c * t), noise(&mut rng, c));
+    let (shape, isa) = ([1, c, t], b.isa);
+    let mut y = vec![0f32; c * t];
+    let signal = |x| Signal::channel_major("signal", x, shape);
+    let words = format!("1x{c}x{t}");
+    if b.wanted("long_conv") {
+        b.time("long_conv", words.clone(), "f32", &mut || {
+            let mut out = SignalMut::channel_major("y", &mut y, shape)?;
+            Ok(long_conv(&signal(&h)?, &signal(&u)?, Some(&d), &mut out, Boundary::Causal, isa)?)
+        })?;
+        let (mut dh, mut dd) = (vec![0f32; c * t], vec![0f32; c]);
+        b.time("long_conv backward", words.clone(), "f32", &mut || {
+            let mut out = SignalMut::channel_major("du", &mut y, shape)?;
+            let grads = LongGrads { du: Some(&mut out), dh: Some(&mut dh), dd: Some(&mut dd) };
+            Ok(long_conv_backward(&signal(&h)?, &signal(&u)?, Some(&d), &signal(&u)?, grads, Boundary::Causal, isa)?)
+        })?;
+    }
+    if b.wanted("short_conv") {
+        let w = noise(&mut rng, 4 * c);
+        b.time("short_conv", words, "f32", &mut || {
+            let conv = ShortConv::new(&w, c, Some(&d), true, isa)?;
+            let mut out = SignalMut::time_major("y", &mut y, shape)?;
+            Ok(conv.forward(&Signal::time_major("x", &u, shape)?, None, None, &mut out, None)?)
+        })?;
     }
     Ok(())
 }
@@ -320,7 +483,8 @@ fn decoding(b: &mut Bench, t: usize) -> Result<()> {
         Ok(decode.run(&q, [h, 1, d], &int8, d, None, &mut out, &mut lse)?)
     })?;
 
-    for share in [0.25, 0.05] {
+    let shares: &[f64] = if b.o.brief { &[0.25] } else { &[0.25, 0.05] };
+    for &share in shares {
         let heads = (0..h)
             .map(|_| HeadKeys::from_lists(1, vec![(0..t as u32).filter(|_| rng.random_bool(share)).collect()]))
             .collect();
@@ -337,7 +501,8 @@ fn linears(b: &mut Bench) -> Result<()> {
         return Ok(());
     }
     let mut rng = ChaCha8Rng::seed_from_u64(b.o.seed);
-    for (n, k) in [(576, 576), (3072, 576), (576, 1536), (2048, 2048)] {
+    let shapes = [(2048, 2048), (576, 576), (3072, 576), (576, 1536)];
+    for (n, k) in shapes.into_iter().take(if b.o.brief { 1 } else { shapes.len() }) {
         let w = noise(&mut rng, n * k);
         for format in [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Int8, WeightFormat::Int4] {
             let name = &format.to_string();
@@ -358,16 +523,26 @@ fn linears(b: &mut Bench) -> Result<()> {
 fn small(b: &mut Bench) -> Result<()> {
     let mut rng = ChaCha8Rng::seed_from_u64(b.o.seed);
     const N: usize = 1 << 16;
+    let isa = b.isa;
+    let (x, mut y) = (noise(&mut rng, N), vec![0f32; N]);
     if b.wanted("exp") {
-        let x: Vec<f32> = noise(&mut rng, N).iter().map(|v| v * 10.0 - 10.0).collect();
-        let mut y = x.clone();
-        let isa = b.isa;
+        let x: Vec<f32> = x.iter().map(|v| v * 10.0 - 10.0).collect();
         b.time("exp", format!("{N}"), "f32", &mut || {
-            y.copy_from_slice(&x);
-            apply(Fun::Exp, &mut y, isa);
+            apply_to(Fun::Exp, &x, &mut y, isa)?;
             // One exponential counts as one operation.
             Ok(Work { flops: N as u64, bytes: 8 * N as u64, ..Work::default() })
         })?;
+    }
+    const WIDTH: usize = 1024;
+    if b.wanted("softmax") {
+        b.time("softmax", format!("{}x{WIDTH}", N / WIDTH), "f32", &mut || {
+            y.copy_from_slice(&x);
+            Ok(softmax_rows(&mut y, WIDTH, isa)?)
+        })?;
+    }
+    if b.wanted("rms_norm") {
+        let w = noise(&mut rng, WIDTH);
+        b.time("rms_norm", format!("{}x{WIDTH}", N / WIDTH), "f32", &mut || Ok(rms_norm(&x, &w, 1e-5, &mut y, isa)?))?;
     }
     if b.wanted("merge") {
         let d = b.o.head_dim;
@@ -427,11 +602,9 @@ pub fn csv(rows: &[OpRow]) -> String {
 
 /// Rows as a Markdown table, aligned.
 pub fn markdown(rows: &[OpRow]) -> String {
-    const COLUMNS: usize = 10;
     let head = ["op", "shape", "dtype", "isa", "median ms", "min ms", "reps", "GFLOP/s", "GB/s", "slower path"];
-    let mut cells: Vec<[String; COLUMNS]> = vec![head.map(String::from)];
-    for r in rows {
-        cells.push([
+    let cells = |r: &OpRow| {
+        vec![
             r.op.clone(),
             r.shape.clone(),
             r.dtype.clone(),
@@ -445,28 +618,9 @@ pub fn markdown(rows: &[OpRow]) -> String {
                 0 => String::new(),
                 f => format!("{:.0}%", 100.0 * f as f64 / r.flops.max(1) as f64),
             },
-        ]);
-    }
-    let width: Vec<usize> =
-        (0..COLUMNS).map(|i| cells.iter().map(|c| c[i].chars().count()).max().unwrap_or(0)).collect();
-    let mut s = String::new();
-    for (n, c) in cells.iter().enumerate() {
-        s.push('|');
-        for i in 0..COLUMNS {
-            let w = width[i];
-            let _ = if i < 4 { write!(s, " {:<w$} |", c[i]) } else { write!(s, " {:>w$} |", c[i]) };
-        }
-        s.push('\n');
-        if n == 0 {
-            s.push('|');
-            for (i, w) in width.iter().enumerate() {
-                let dash = "-".repeat(w + 1);
-                let _ = if i < 4 { write!(s, ":{dash}|") } else { write!(s, "{dash}:|") };
-            }
-            s.push('\n');
-        }
-    }
-    s
+        ]
+    };
+    crate::report::markdown(&head, &rows.iter().map(cells).collect::<Vec<_>>(), 4)
 }
 
 #[cfg(test)]
@@ -484,7 +638,12 @@ mod tests {
             ..BenchOptions::default()
         };
         let mut told = 0;
-        let rows = ops(&o, None, &mut |_| told += 1).unwrap();
+        let mut at = 0.0;
+        let rows = ops(&o, None, &mut |done, _| {
+            assert!((at..1.0).contains(&done));
+            (at, told) = (done, told + 1);
+        })
+        .unwrap();
         assert_eq!(told, rows.len());
         for op in [
             "attend full",
@@ -493,8 +652,19 @@ mod tests {
             "attend_indexed",
             "decode dense",
             "decode selected",
+            "attend backward",
+            "recur scalar",
+            "recur delta",
+            "recur scalar backward",
+            "feature_attend causal",
+            "feature_attend weighted",
+            "long_conv",
+            "long_conv backward",
+            "short_conv",
             "linear",
             "exp",
+            "softmax",
+            "rms_norm",
             "merge",
         ] {
             assert!(rows.iter().any(|r| r.op.starts_with(op)), "{op}");
@@ -512,18 +682,18 @@ mod tests {
     #[test]
     fn the_filter_and_bad_shapes() {
         let o = BenchOptions { filter: Some("merge".into()), seconds: 0.0, ..BenchOptions::default() };
-        assert!(ops(&o, None, &mut |_| {}).unwrap().iter().all(|r| r.op == "merge"));
-        assert!(ops(&BenchOptions { kv_heads: 2, ..o.clone() }, None, &mut |_| {}).is_err());
-        assert!(ops(&BenchOptions { tokens: vec![0], ..o.clone() }, None, &mut |_| {}).is_err());
+        assert!(ops(&o, None, &mut |_, _| {}).unwrap().iter().all(|r| r.op == "merge"));
+        assert!(ops(&BenchOptions { kv_heads: 2, ..o.clone() }, None, &mut |_, _| {}).is_err());
+        assert!(ops(&BenchOptions { tokens: vec![0], ..o.clone() }, None, &mut |_, _| {}).is_err());
         for bad in [
             BenchOptions { heads: 0, ..o.clone() },
             BenchOptions { head_dim: 0, ..o.clone() },
             BenchOptions { head_dim: usize::MAX / 2, ..o.clone() },
             BenchOptions { tokens: vec![1 << 20], heads: 300, ..o.clone() },
         ] {
-            assert!(matches!(ops(&bad, None, &mut |_| {}), Err(LabError::Setting { .. })), "{bad:?}");
+            assert!(matches!(ops(&bad, None, &mut |_, _| {}), Err(LabError::Setting { .. })), "{bad:?}");
         }
         let stop = AtomicBool::new(true);
-        assert!(matches!(ops(&o, Some(&stop), &mut |_| {}), Err(LabError::Cancelled)));
+        assert!(matches!(ops(&o, Some(&stop), &mut |_, _| {}), Err(LabError::Cancelled)));
     }
 }

@@ -3,6 +3,7 @@
 #![warn(missing_docs)]
 
 pub mod bench;
+pub mod ceilings;
 pub mod compare;
 pub mod error;
 pub mod eval;
@@ -14,6 +15,7 @@ pub mod needle;
 pub mod ppl;
 pub mod report;
 pub mod results;
+pub mod roofline;
 #[cfg(test)]
 mod testing;
 pub mod verdict;

@@ -3,14 +3,21 @@
 use crate::Context;
 use crate::cli::{BenchModelArgs, BenchOpsArgs, Format};
 use crate::error::{CliError, Result};
+use crate::files::{self, check_folder};
+use crate::models;
 use crate::progress::Progress;
-use crate::{files, models};
+use crate::run_facts::{command_line, today};
 use foveal_kernels::Isa;
 use foveal_lab::bench::{self, BenchOptions};
+use foveal_lab::ceilings::{self, CeilingOptions, Ceilings};
+use foveal_lab::facts::cpu_name;
 use foveal_lab::model_bench::{self, MAX_TOKENS, ModelBench, Request};
+use foveal_lab::report;
+use foveal_lab::roofline::{self, Roofline};
 use foveal_llm::PrefillOptions;
 use serde_json::{Value, json};
 use std::io::{BufRead, Write};
+use std::time::Instant;
 
 /// Tokens of a text that requests over --serve may reach into.
 const SERVED_TEXT: usize = 1 << 16;
@@ -19,6 +26,11 @@ pub fn ops(a: &BenchOpsArgs, ctx: &Context, out: &mut dyn Write) -> Result {
     if !(a.seconds >= 0.0 && a.seconds <= 60.0) {
         return Err(CliError::Arguments(format!("--seconds {}: give a number from 0 to 60", a.seconds)));
     }
+    let placed = [&a.report, &a.json].into_iter().flatten();
+    for path in placed.clone() {
+        check_folder(path)?;
+    }
+    let brief = placed.count() > 0;
     let options = BenchOptions {
         filter: a.filter.clone(),
         tokens: a.tokens.clone(),
@@ -26,12 +38,27 @@ pub fn ops(a: &BenchOpsArgs, ctx: &Context, out: &mut dyn Write) -> Result {
         kv_heads: a.kv_heads,
         head_dim: a.head_dim,
         isas: if a.all_isas { Isa::available() } else { Vec::new() },
+        brief,
         seconds: a.seconds,
         seed: a.seed,
     };
+    let begin = Instant::now();
     let progress = Progress::new(ctx);
-    let rows =
-        bench::ops(&options, Some(&ctx.cancel), &mut |row| progress.at(0.0, &format!("{} {}", row.op, row.shape)))?;
+    // Each of the two measurements of the machine takes about this share of the time.
+    let share = if brief { 0.1 } else { 0.0 };
+    let cancel = Some(&*ctx.cancel);
+    let limits = |begin: f64| -> Result<Option<Ceilings>> {
+        if !brief {
+            return Ok(None);
+        }
+        let o = CeilingOptions { seconds: a.seconds.min(1.0), ..CeilingOptions::default() };
+        Ok(Some(ceilings::measure(&o, cancel, &mut |done, what| progress.at(begin + share * done, what))?))
+    };
+    let before = limits(0.0)?;
+    let rows = bench::ops(&options, cancel, &mut |done, row| {
+        progress.at(share + (1.0 - 2.0 * share) * done, &format!("{} {}", row.op, row.shape));
+    })?;
+    let ceilings = before.zip(limits(1.0 - share)?).map(|(a, b)| a.or_better(b));
     drop(progress);
     if rows.is_empty() {
         return Err(CliError::Arguments(format!(
@@ -39,10 +66,39 @@ pub fn ops(a: &BenchOpsArgs, ctx: &Context, out: &mut dyn Write) -> Result {
             a.filter.as_deref().unwrap_or("")
         )));
     }
+    let Some(ceilings) = ceilings else {
+        match a.format {
+            Format::Json => super::print_json(out, &rows)?,
+            Format::Csv => write!(out, "{}", bench::csv(&rows))?,
+            Format::Markdown => write!(out, "{}", bench::markdown(&rows))?,
+        }
+        return Ok(());
+    };
+    let r = Roofline {
+        version: env!("CARGO_PKG_VERSION").into(),
+        date: today(),
+        cpu: cpu_name(),
+        isa: Isa::active().to_string(),
+        threads: ctx.threads,
+        command: command_line(),
+        seconds: begin.elapsed().as_secs_f64(),
+        points: roofline::place(&ceilings, rows.clone()),
+        ceilings,
+    };
+    // What was measured is shown even if a file finds no room.
     match a.format {
-        Format::Json => super::print_json(out, &rows)?,
+        Format::Json => super::print_json(out, &r)?,
         Format::Csv => write!(out, "{}", bench::csv(&rows))?,
-        Format::Markdown => write!(out, "{}", bench::markdown(&rows))?,
+        Format::Markdown => write!(out, "{}", roofline::tables(&r))?,
+    }
+    if let Some(path) = &a.json {
+        let text = serde_json::to_string_pretty(&r).map_err(std::io::Error::from)? + "\n";
+        files::write_whole(path, text.as_bytes())?;
+        ctx.remark(&format!("wrote {}", path.display()));
+    }
+    if let Some(path) = &a.report {
+        files::write_whole(path, report::roofline(&r).as_bytes())?;
+        ctx.remark(&format!("wrote {}", path.display()));
     }
     Ok(())
 }

@@ -3,9 +3,11 @@
 use crate::Context;
 use crate::cli::{CompareArgs, Specs};
 use crate::error::{CliError, Result};
+use crate::files::check_folder;
 use crate::machine::size;
 use crate::models;
 use crate::progress::Progress;
+use crate::run_facts::{command_line, today};
 use foveal::Spec;
 use foveal_lab::compare::{CompareOptions, Comparison, plans};
 use foveal_lab::needle::NeedleOptions;
@@ -13,7 +15,6 @@ use foveal_lab::report;
 use foveal_lab::results::Facts;
 use foveal_llm::Plan;
 use std::io::Write;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Tokens read beyond the longest length: the calibration text of policies that need one.
 const BEYOND: usize = 2048;
@@ -56,7 +57,7 @@ pub fn run(a: &CompareArgs, ctx: &Context, out: &mut dyn Write) -> Result {
         threads: ctx.threads,
         model: loaded.about.clone(),
         text: text.about.clone(),
-        command: std::iter::once("foveal".into()).chain(std::env::args().skip(1)).collect::<Vec<String>>().join(" "),
+        command: command_line(),
         ..Facts::default()
     };
     let comparison = Comparison {
@@ -93,57 +94,12 @@ pub fn run(a: &CompareArgs, ctx: &Context, out: &mut dyn Write) -> Result {
 
 /// The report's folder must exist before minutes of measuring.
 fn check_out(a: &CompareArgs) -> Result {
-    let folder = a.out.parent().filter(|p| !p.as_os_str().is_empty());
-    match folder {
-        Some(f) if !f.is_dir() => Err(CliError::BadFile {
-            path: a.out.clone(),
-            problem: format!("the folder {} does not exist; create it first", f.display()),
-        }),
-        _ if a.out.file_name().is_none() => Err(CliError::BadFile {
+    check_folder(&a.out)?;
+    match a.out.file_name() {
+        None => Err(CliError::BadFile {
             path: a.out.clone(),
             problem: "is no file prefix; give one such as out/report".into(),
         }),
-        _ => Ok(()),
-    }
-}
-
-/// Today in UTC as year-month-day.
-fn today() -> String {
-    let days = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() / 86_400);
-    let (y, m, d) = date(days);
-    format!("{y:04}-{m:02}-{d:02}")
-}
-
-/// Civil date of a day counted from 1970-01-01.
-fn date(days: u64) -> (u64, u64, u64) {
-    let leap = |y: u64| (y.is_multiple_of(4) && !y.is_multiple_of(100)) || y.is_multiple_of(400);
-    let (mut year, mut left) = (1970, days);
-    while left >= 365 + u64::from(leap(year)) {
-        left -= 365 + u64::from(leap(year));
-        year += 1;
-    }
-    let february = 28 + u64::from(leap(year));
-    let mut month = 1;
-    for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31] {
-        if left < length {
-            break;
-        }
-        left -= length;
-        month += 1;
-    }
-    (year, month, left + 1)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::date;
-
-    #[test]
-    fn dates() {
-        assert_eq!(date(0), (1970, 1, 1));
-        assert_eq!(date(59), (1970, 3, 1));
-        assert_eq!(date(19_782), (2024, 2, 29));
-        assert_eq!(date(20_088), (2024, 12, 31));
-        assert_eq!(date(20_089), (2025, 1, 1));
+        Some(_) => Ok(()),
     }
 }

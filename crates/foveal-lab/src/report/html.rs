@@ -6,7 +6,7 @@ use crate::results::{Place, Results, Role, Row};
 use crate::verdict::{FASTER, NEEDLE_LOSS, PPL_LOSS_PERCENT, SMALLER, thousands};
 use std::fmt::Write;
 
-const STYLE: &str = r#"
+pub(super) const STYLE: &str = r#"
 :root{color-scheme:light dark;--bg:#fdfdfb;--fg:#1c1d20;--mute:#5d626b;--line:#d9dade;--card:#fff;--good:#17663a;--bad:#a11d2b;--warn:#7a5200;--hit:#2b8a57;--miss:#d9dade}
 @media(prefers-color-scheme:dark){:root{--bg:#15171a;--fg:#e8e8e4;--mute:#a2a8b3;--line:#363a42;--card:#1c1f24;--good:#6fd49a;--bad:#ff8b96;--warn:#f0c060;--hit:#3fae74;--miss:#363a42}}
 *{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif}
@@ -31,7 +31,7 @@ code,pre{font:13px/1.45 ui-monospace,monospace}pre{overflow-x:auto;background:va
 "#;
 
 /// Click on a header sorts by the column's `data-v`.
-const SCRIPT: &str = r#"
+pub(super) const SCRIPT: &str = r#"
 for(const t of document.querySelectorAll("table.sort"))t.querySelectorAll("thead th").forEach((h,i)=>{h.querySelector("button").addEventListener("click",()=>{
 const up=h.getAttribute("aria-sort")!=="ascending";t.querySelectorAll("thead th").forEach(x=>x.removeAttribute("aria-sort"));h.setAttribute("aria-sort",up?"ascending":"descending");
 const b=t.tBodies[0],key=r=>r.cells[i].dataset.v??r.cells[i].textContent;
@@ -144,7 +144,7 @@ fn table(r: &Results, length: usize) -> String {
     s + "</tbody></table></div>\n"
 }
 
-fn figure(svg: &str, caption: &str) -> String {
+pub(super) fn figure(svg: &str, caption: &str) -> String {
     format!("<figure>{svg}<figcaption>{}</figcaption></figure>\n", esc(caption))
 }
 

@@ -5,12 +5,14 @@ mod csv;
 mod files;
 mod html;
 mod png;
+mod roofline;
 mod svg;
 mod table;
 
 pub use csv::csv;
 pub use files::{Written, write_all};
 pub use html::html;
+pub use roofline::roofline;
 pub use table::{table, tables, verdicts};
 
 use crate::error::{LabError, Result};
@@ -59,4 +61,28 @@ pub(crate) fn num(x: f64) -> String {
     } else {
         format!("{x:.0e}")
     }
+}
+
+/// A Markdown table with its columns set under each other, those from `figures` on to the right.
+pub(crate) fn markdown(head: &[&str], rows: &[Vec<String>], figures: usize) -> String {
+    let width: Vec<usize> = (0..head.len())
+        .map(|i| rows.iter().map(|r| r[i].chars().count()).chain([head[i].chars().count()]).max().unwrap_or(0))
+        .collect();
+    let mut s = String::new();
+    let mut line = |cells: Vec<&str>| {
+        for (i, c) in cells.iter().enumerate() {
+            let w = width[i];
+            s += &if i < figures { format!("| {c:<w$} ") } else { format!("| {c:>w$} ") };
+        }
+        s += "|\n";
+    };
+    line(head.to_vec());
+    let rules: Vec<String> = width
+        .iter()
+        .enumerate()
+        .map(|(i, &w)| if i < figures { format!(":{}", "-".repeat(w - 1)) } else { format!("{}:", "-".repeat(w - 1)) })
+        .collect();
+    line(rules.iter().map(String::as_str).collect());
+    rows.iter().for_each(|r| line(r.iter().map(String::as_str).collect()));
+    s
 }

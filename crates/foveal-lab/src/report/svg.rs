@@ -3,6 +3,7 @@
 
 use super::num;
 use crate::results::{Results, Role, Row};
+use crate::roofline::{Point, Roofline};
 use crate::verdict::{Crossover, Curve, Verdict, decode_curve, prefill_curve, thousands};
 use std::fmt::Write;
 
@@ -128,12 +129,17 @@ fn color(system: usize) -> String {
     format!("s{}", system % 12)
 }
 
-/// A numbered dot.
+/// A system's dot with its number.
 fn dot(s: &mut String, system: usize, x: f64, y: f64, hint: &str) {
+    numbered(s, system, system, x, y, hint);
+}
+
+/// A dot in the colour of `class`.
+fn numbered(s: &mut String, class: usize, number: usize, x: f64, y: f64, hint: &str) {
     let _ = writeln!(
         s,
-        "<g class=\"{}\"><title>{}</title><circle class=\"dot\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"8\"/><text class=\"dotnum\" x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{system}</text></g>",
-        color(system),
+        "<g class=\"{}\"><title>{}</title><circle class=\"dot\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"8\"/><text class=\"dotnum\" x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{number}</text></g>",
+        color(class),
         esc(hint),
         y + 3.5
     );
@@ -309,6 +315,82 @@ pub(super) fn bytes(r: &Results, length: usize) -> String {
     scatter(r, length, "Quality against KV bytes", "KV bytes / dense", &|role, row| {
         on_store(role).then_some(row.bytes.ratio)
     })
+}
+
+/// Rate against arithmetic intensity, log-log, under the roofs of the machine.
+pub(super) fn roofline(r: &Roofline) -> String {
+    let c = &r.ceilings;
+    let (w, h) = (900.0, 560.0);
+    let seen = |pick: fn(&Point) -> f64| r.points.iter().map(pick).filter(|x| *x > 0.0);
+    // The point where the lowest slant meets the highest roof is part of the picture.
+    let top = c.compute("bf16").max(c.compute("f32"));
+    let ridge = top / c.read_one.rate;
+    let x = Axis::new(seen(|p| p.intensity).chain([0.1, ridge]), LEFT, w - 16.0, true, 0.6);
+    let y = Axis::new(seen(|p| p.row.gflops).chain([1.0, top]), h - BOTTOM, 14.0, true, 0.6);
+    let mut s = open("Rate against arithmetic intensity, under the roofs of the machine", w, h);
+    frame(&mut s, &x, &y, "operations a byte", "10⁹ operations a second", &tick);
+    // Solid what registers can do, dashed what matrix products do.
+    let level = [
+        (&c.f32_arithmetic, "line s1", -6.0),
+        (&c.f32_product, "line fit s1", 14.0),
+        (&c.bf16_arithmetic, "line s2", -6.0),
+        (&c.bf16_product, "line fit s2", 14.0),
+    ];
+    for (roof, class, beside) in level {
+        let from = x.lo.max(roof.rate / c.read_all.rate);
+        let (px, py) = (x.px(from), y.px(roof.rate));
+        let _ = writeln!(
+            s,
+            "<line class=\"{class}\" x1=\"{px:.1}\" x2=\"{:.1}\" y1=\"{py:.1}\" y2=\"{py:.1}\"/><text class=\"tick\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}, {} GFLOP/s</text>",
+            x.to,
+            x.to - 4.0,
+            py + beside,
+            esc(&roof.what),
+            num(roof.rate)
+        );
+    }
+    // One thread is dashed; both slants end at the highest roof.
+    for (roof, class) in [(&c.read_one, "line fit s0"), (&c.read_all, "line s0")] {
+        let end = (top / roof.rate).min(x.hi);
+        let start = x.lo.max(y.lo / roof.rate);
+        let _ = writeln!(
+            s,
+            "<line class=\"{class}\" x1=\"{:.1}\" y1=\"{:.1}\" x2=\"{:.1}\" y2=\"{:.1}\"><title>{} on {} threads, {} GB/s</title></line>",
+            x.px(start),
+            y.px(start * roof.rate),
+            x.px(end),
+            y.px(end * roof.rate),
+            esc(&roof.what),
+            roof.threads,
+            num(roof.rate)
+        );
+    }
+    let _ = writeln!(
+        s,
+        "<text class=\"tick\" x=\"{:.1}\" y=\"26\">memory: {} GB/s on {} threads, {} on one (dashed)</text>",
+        x.from + 6.0,
+        num(c.read_all.rate),
+        c.read_all.threads,
+        num(c.read_one.rate)
+    );
+    for (i, p) in r.points.iter().enumerate().filter(|(_, p)| p.intensity > 0.0 && p.row.gflops > 0.0) {
+        let hint = format!(
+            "{} {}, {}: {} GFLOP/s at {} FLOP/byte, {:.0}% of its roof",
+            p.row.op,
+            p.row.shape,
+            p.row.dtype,
+            num(p.row.gflops),
+            num(p.intensity),
+            100.0 * p.share
+        );
+        let class = match p.row.dtype.as_str() {
+            "f32" => 1,
+            "bf16" => 2,
+            _ => 3,
+        };
+        numbered(&mut s, class, i + 1, x.px(p.intensity), y.px(p.row.gflops), &hint);
+    }
+    s + "</svg>\n"
 }
 
 /// Needles: one line per system, one cell per depth, one block per length.
