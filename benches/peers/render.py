@@ -17,8 +17,8 @@ GOALS = {
     "exp": 1.5,
     "long_conv": 2.0,
 }
-# Share of the measured product rate aimed at in bf16, by head width.
-SHARES = {"64": 40, "128": 55}
+# Share of the measured product rate aimed at in bf16, by head width; of recurrences, by row.
+SHARES = {"64": 40, "128": 55, "scalar": 40}
 
 
 def goal(key):
@@ -58,6 +58,19 @@ def sdpa(result, limits=None):
 def fft(result):
     rows = [[r["what"], spread(r["ours"]), spread(r["theirs"]), f"{r['ratio']:.2f}", goal("long_conv")] for r in result["rows"]]
     return table(["ms, median (spread)", "foveal", "torch.fft", "ratio", "goal"], rows)
+
+
+def recur(result):
+    rows = []
+    for r in result["rows"]:
+        own = r["flops"] / r["ours"]["median"] / 1e6
+        share = f"{100 * own / r['product']['median']:.0f}%"
+        if r["what"] in SHARES:
+            share += f" ({SHARES[r['what']]}%)"
+        rate = f"{r['product']['median']:.0f}"
+        rows.append([r["what"], spread(r["ours"]), spread(r["theirs"]), f"{r['ratio']:.2f}", f"{own:.0f}", rate, share])
+    head = ["ms, median (spread)", "foveal", "PyTorch", "ratio", "our GFLOP/s", "product's GFLOP/s", "share (goal)"]
+    return table(head, rows)
 
 
 def llama_speed(result):
@@ -117,6 +130,14 @@ def page(data):
             "skip d·u are part of the time on both sides.\n\n"
         )
         text += section("Long convolution against torch.fft", "python benches/peers/fft.py", r, about + fft(r))
+    if "recur" in data:
+        r = data["recur"]
+        about = (
+            f"PyTorch {r['theirs']['version']} ({r['theirs']['capability']}) with the textbook's chunks of 64 in batched bf16 "
+            f"products, foveal on {r['ours']['isa']}; (batch, heads, tokens, head_dim) = {tuple(r['shape'])}, bf16 in. FLOPs are those "
+            "that our kernel counts; the product is of 2048 x 2048 matrices in bf16, by the faster of both, in the same rounds.\n\n"
+        )
+        text += section("Linear recurrences against PyTorch", "python benches/peers/recur.py", r, about + recur(r))
     if "llama_speed" in data:
         r = data["llama_speed"]
         weights = "repacked for the instruction set" if r["theirs"]["repacked_weights"] else "as stored, which is not its fastest"

@@ -24,6 +24,7 @@ PARTS = {
     "sdpa": ["sdpa.py"],
     "sdpa_backward": ["sdpa.py", "--backward"],
     "fft": ["fft.py"],
+    "recur": ["recur.py"],
     "llama_speed": ["llama_speed.py"],
 }
 NEED_A_MODEL = ["llama_speed"]

@@ -7,14 +7,19 @@
 //!     attend_grad B H HKV T D f32|bf16 full|causal   the same and its backward pass, with {"forward"} seconds
 //!     linear M N K f32|bf16|int8|int4           y = x·Wᵀ of M rows, {"seconds", "flops"}
 //!     long_conv C T causal|ready|circular|backward   C channels of T samples, filters as long, seconds
+//!     recur B H T D f32|bf16 GATE               chunked recurrence, {"seconds", "flops"}
+//!     recur_grad B H T D f32|bf16 GATE          the same and its backward pass, {"seconds", "flops" of both}
 //!     exp N CALLS                               e^x of N numbers on one thread, seconds of one call
 //!     read MIB THREADS                          sums MIB mebibytes, seconds and bytes
+//!
+//! GATE is identity, scalar, channel, delta, gated_delta, channel_delta, low_rank or ssd.
 //!
 //! The first request of a kind and shape makes the operands and warms up; a repeated line times one
 //! call on the same operands. FOVEAL_ISA caps the instruction set, RAYON_NUM_THREADS the threads.
 
 use foveal_kernels::conv::{Boundary, LongConv, LongGrads, Signal, SignalMut, long_conv, long_conv_backward};
 use foveal_kernels::exp::{Fun, apply_to};
+use foveal_kernels::recur::{Gate, Recur};
 use foveal_kernels::{Attend, AttendGrads, Element, Isa, PackedLinear, Upstream, View, ViewMut, WeightFormat};
 use half::bf16;
 use std::io::{BufRead, Write};
@@ -161,6 +166,60 @@ fn long([c, t]: [usize; 2], form: &str) -> Result<Call, Failure> {
     }))
 }
 
+fn recur<T: Element>(
+    [b, h, t, d]: [usize; 4],
+    gate: &str,
+    grad: bool,
+    narrow: impl Fn(f32) -> T + 'static,
+) -> Result<Call, Failure> {
+    if [b, h, t, d].contains(&0) {
+        return Err("a dimension is 0".into());
+    }
+    const GATES: [&str; 8] =
+        ["identity", "scalar", "channel", "delta", "gated_delta", "channel_delta", "low_rank", "ssd"];
+    let kind = GATES.iter().position(|g| *g == gate).ok_or_else(|| format!("gates are: {}", GATES.join(", ")))?;
+    let mut random = noise();
+    let mut some = |n: usize, f: f32| (0..n).map(|_| random() * f).collect::<Vec<f32>>();
+    let n = b * h * t;
+    // Keys of about unit length, as delta rules have them.
+    let unit = 1.0 / (d as f32).sqrt();
+    let mut rows = |f: f32| some(n * d, f).into_iter().map(&narrow).collect::<Vec<T>>();
+    let (q, k, v, a) = (rows(1.0), rows(unit), rows(1.0), rows(0.5 * unit));
+    let channel = matches!(gate, "channel" | "channel_delta" | "low_rank");
+    let g: Vec<f32> = some(n * if channel { d } else { 1 }, 0.05).into_iter().map(|x| x - 0.1).collect();
+    let beta: Vec<f32> = some(n, 0.25).into_iter().map(|x| x + 0.5).collect();
+    let (fixed, dout) = (vec![-0.5; h], some(n * d, 1.0));
+    let mut out = vec![0f32; n * d];
+    Ok(Box::new(move || {
+        fn view<E: Copy>(x: &[E], [b, h, t]: [usize; 3]) -> Result<View<'_, E>, Failure> {
+            Ok(View::contiguous("operand", x, [b, h, t, x.len() / (b * h * t)])?)
+        }
+        let of = [b, h, t];
+        let (g, beta, a, k) = (view(&g, of)?, view(&beta, of)?, view(&a, of)?, view(&k, of)?);
+        let (q, v, dout) = (view(&q, of)?, view(&v, of)?, view(&dout, of)?);
+        let gate = match kind {
+            0 => Gate::Identity,
+            1 => Gate::Scalar { g },
+            2 => Gate::Channel { g },
+            3 => Gate::Delta { beta },
+            4 => Gate::GatedDelta { g, beta },
+            5 => Gate::ChannelDelta { g, beta },
+            6 => Gate::LowRank { g, a, b: k },
+            _ => Gate::Ssd { dt: beta, a: &fixed },
+        };
+        let call = Recur::new(gate, unit).isa(Isa::active());
+        let begin = Instant::now();
+        let mut o = ViewMut::contiguous("out", &mut out, [b, h, t, d])?;
+        let mut work = call.forward(&q, &k, &v, None, &mut o, None)?;
+        if grad {
+            let (grads, more) = call.backward(&q, &k, &v, None, &dout, None)?;
+            work += more;
+            std::hint::black_box(&grads);
+        }
+        Ok((begin.elapsed().as_secs_f64(), format!(", \"flops\": {}", work.flops)))
+    }))
+}
+
 fn exp(n: usize, calls: usize) -> Result<Call, Failure> {
     if n == 0 || calls == 0 {
         return Err("give numbers and calls".into());
@@ -224,6 +283,14 @@ fn prepare(line: &str) -> Result<Call, Failure> {
                 _ => Err("the type is f32 or bf16".into()),
             }
         }
+        [op @ ("recur" | "recur_grad"), b, h, t, d, dtype, gate] => {
+            let (shape, grad) = ([number(b)?, number(h)?, number(t)?, number(d)?], op == "recur_grad");
+            match dtype {
+                "f32" => recur(shape, gate, grad, |x| x),
+                "bf16" => recur(shape, gate, grad, bf16::from_f32),
+                _ => Err("the type is f32 or bf16".into()),
+            }
+        }
         ["linear", m, n, k, format] => {
             let format = match format {
                 "f32" => WeightFormat::F32,
@@ -238,8 +305,8 @@ fn prepare(line: &str) -> Result<Call, Failure> {
         ["exp", n, calls] => exp(number(n)?, number(calls)?),
         ["read", mib, threads] => read(number(mib)?, number(threads)?),
         _ => Err("requests are: attend or attend_grad B H HKV T D f32|bf16 full|causal, \
-            linear M N K f32|bf16|int8|int4, long_conv C T causal|ready|circular|backward, exp N CALLS, \
-            read MIB THREADS"
+            linear M N K f32|bf16|int8|int4, long_conv C T causal|ready|circular|backward, \
+            recur or recur_grad B H T D f32|bf16 GATE, exp N CALLS, read MIB THREADS"
             .into()),
     }
 }
