@@ -206,6 +206,18 @@ impl<'a, T> Rows<'a, T> {
         self.strides[2]
     }
 
+    /// Some columns of the row of token `t`, for tasks that share it.
+    ///
+    /// # Safety
+    /// No other reference to these columns may be alive.
+    #[inline]
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn part_mut(&self, b: usize, h: usize, t: usize, cols: std::ops::Range<usize>) -> &mut [T] {
+        assert!(cols.start <= cols.end && cols.end <= self.shape[3]);
+        // SAFETY: in bounds by the constructor's span check and the assertion; unique by this function's contract.
+        unsafe { std::slice::from_raw_parts_mut(self.row_ptr(b, h, t).add(cols.start), cols.len()) }
+    }
+
     /// Row of token `t`.
     ///
     /// # Safety

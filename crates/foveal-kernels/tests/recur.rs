@@ -716,6 +716,44 @@ fn causal() {
     }
 }
 
+/// Fewer heads than threads: blocks of value columns give what the whole gives, to the bit, and count as it does.
+#[test]
+fn threads_change_nothing() {
+    for kind in KINDS {
+        for dv in [80, 32, 7] {
+            let s = Shape { h: 1, hq: 1, hk: 1, hv: 1, hg: 1, ..Shape::new(kind, 130, 32, dv) };
+            let threads = |n: usize| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
+            let (wide, narrow) = (data::<f32>(s, None, 210), data::<bf16>(s, None, 210));
+            for isa in Isa::available() {
+                let one = rayon_one().install(|| (wide.forward(isa), narrow.forward(isa)));
+                for n in [2, 5] {
+                    let many = threads(n).install(|| (wide.forward(isa), narrow.forward(isa)));
+                    assert!(one == many, "{kind:?} {dv} {isa}: {n} threads change the result");
+                }
+            }
+        }
+    }
+}
+
+/// A million tokens cost 128 times what 8,192 do, by the counters, and no memory but a chunk's.
+#[test]
+fn a_million_tokens() {
+    let work = |t: usize| {
+        let (x, g) = (vec![bf16::ONE; t * 16], vec![-0.1f32; t]);
+        let view = |x| View::contiguous("operand", x, [1, 1, t, 16]).unwrap();
+        let g = View::contiguous("g", &g, [1, 1, t, 1]).unwrap();
+        let mut out = vec![0f32; t * 16];
+        let mut o = ViewMut::contiguous("out", &mut out, [1, 1, t, 16]).unwrap();
+        let work = Recur::new(Gate::Scalar { g }, 1.0).forward(&view(&x), &view(&x), &view(&x), None, &mut o, None);
+        // What the decay keeps of a constant: 1 / (1 − e^−0.1) tokens.
+        assert!((out[t * 16 - 1] / (16.0 / (1.0 - (-0.1f32).exp())) - 1.0).abs() < 0.01);
+        work.unwrap()
+    };
+    let (short, long) = (work(8192), work(1 << 20));
+    assert_eq!(long.flops, 128 * short.flops);
+    assert_eq!(long.tiles, 128 * short.tiles);
+}
+
 fn rayon_one() -> rayon::ThreadPool {
     rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap()
 }

@@ -459,6 +459,9 @@ impl Chunk {
         let Some(mut b) = self.back.take() else { unreachable!("a chunk for backward has room for gradients") };
         let (n, np, isa) = (self.n, self.np, eng.isa);
         let (readers, writers) = (self.reader_count(), self.writer_count());
+        // What a mere decay writes does not enter the decay's gradient.
+        let split = eng.split;
+        eng.split = split && self.rule != Rule::Add;
         self.values(eng, before);
 
         // Through the state after the chunk and the outputs to what was written.
@@ -501,6 +504,7 @@ impl Chunk {
             }
         }
         // Readers and writers through the states at both ends.
+        eng.split = split;
         for r in 0..readers {
             let given = if r == 0 { self.out.top(np) } else { b.seen.top(np) };
             eng.mm(Op::Nt, Tri::Full, 1.0, given, before, b.tmp.top_mut(np), false);
@@ -604,6 +608,20 @@ impl Chunk {
             return;
         }
         let isa = eng.isa;
+        if self.decay == Decay::Scalar {
+            // Channels share a decay: sums over them are enough.
+            let mut sum: f32 = b.dg.row(self.n - 1).iter().sum();
+            for t in (0..self.n).rev() {
+                for r in 0..self.reader_count() {
+                    sum += rows::dot(isa, self.readers[r].row(t), b.readers[r].row(t));
+                }
+                for w in 0..self.writer_count() {
+                    sum -= rows::dot(isa, self.writers[w].row(t), b.writers[w].row(t));
+                }
+                b.dg_row[t] = sum;
+            }
+            return;
+        }
         for t in (0..self.n).rev() {
             if t + 1 < self.n {
                 let cols = b.dg.cols;
@@ -619,9 +637,6 @@ impl Chunk {
             }
             for w in 0..self.writer_count() {
                 rows::add_product(isa, dg, self.writers[w].row(t), b.writers[w].row(t), -1.0);
-            }
-            if self.decay == Decay::Scalar {
-                b.dg_row[t] = dg.iter().sum();
             }
         }
     }

@@ -43,6 +43,9 @@ use std::ops::Range;
 
 const OP: &str = "recur";
 
+/// Columns of the state that a task takes are a multiple of this: two tiles.
+const BLOCK: usize = 32;
+
 /// The transition A_t, and the factor on what is written. H is the number of heads of the output; every
 /// operand may have any number of heads that divides H, and head h reads operand head h / (H / heads).
 ///
@@ -337,26 +340,46 @@ impl<'a, T: Element> Recur<'a, T> {
         check_state("initial", initial.map(<[f32]>::len), &p)?;
         check_state("last", last.as_deref().map(<[f32]>::len), &p)?;
         let last = last.map(Shared::new);
-        let x = Inputs { call: self, plan: &p, q, k, v };
+        let x = Inputs::new(self, &p, q, k, v);
         let out = out.rows();
         if self.gate.kind().is_none() {
             return Ok(scan::forward(&x, initial, &out, last.as_ref()));
         }
         let tasks = p.sequences.len() * p.heads;
+        // Columns of the state know nothing of each other: where heads are fewer than threads, a task is a block
+        // of them, computed as in the whole (scores are computed again). Each column's sums stay as they are, so
+        // that threads do not change the result.
+        let blocks = match rayon::current_num_threads().div_ceil(tasks.max(1)) {
+            0 | 1 => 1,
+            want => want.min(p.dv.div_ceil(BLOCK)),
+        };
+        let width = p.dv.div_ceil(blocks.max(1)).next_multiple_of(BLOCK);
         let run = |task: usize| {
+            let (task, block) = (task / blocks, task % blocks);
+            let cols = (block * width).min(p.dv)..((block + 1) * width).min(p.dv);
+            if block > 0 && cols.is_empty() {
+                return Work::default();
+            }
             let (i, h) = (task / p.heads, task % p.heads);
             let state = initial.map(|s| &s[task * size..][..size]);
-            // SAFETY: one task a (sequence, head): its rows and its state are nobody else's.
-            unsafe {
-                let last = last.as_ref().map(|s| s.part(task * size, size));
+            let x = Inputs { cols: cols.clone(), ..x };
+            // SAFETY: one task for each (sequence, head) and columns: its part of rows and state is nobody else's.
+            let work = unsafe {
+                let last =
+                    |row: usize| last.as_ref().map(|s| s.part(task * size + row * p.dv + cols.start, cols.len()));
                 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
                 if x.suits_fast() {
-                    return x.forward_fast(i, h, state, &out, last);
+                    x.forward_fast(i, h, state, &out, last)
+                } else {
+                    x.forward(i, h, state, Some(&out), last, None)
                 }
+                #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
                 x.forward(i, h, state, Some(&out), last, None)
-            }
+            };
+            // Work does not depend on threads: the first block tells that of the head.
+            if block == 0 { work } else { Work::default() }
         };
-        Ok((0..tasks).into_par_iter().with_max_len(1).map(run).sum())
+        Ok((0..tasks * blocks).into_par_iter().with_max_len(1).map(run).sum())
     }
 
     /// Gradients of all inputs for `dout` (B, H, T, Dv) and `dlast`, the gradient of the final state (sequences, H, D, Dv;
@@ -376,7 +399,7 @@ impl<'a, T: Element> Recur<'a, T> {
         let p = self.plan(q.shape, k.shape, v.shape, dout.shape)?;
         check_state("initial", initial.map(<[f32]>::len), &p)?;
         check_state("dlast", dlast.map(<[f32]>::len), &p)?;
-        let x = Inputs { call: self, plan: &p, q, k, v };
+        let x = Inputs::new(self, &p, q, k, v);
         if self.gate.kind().is_none() {
             return Ok(scan::backward(&x, initial, dout, dlast));
         }
@@ -455,7 +478,7 @@ impl<'a, T: Element> Recur<'a, T> {
     ) -> Result<Work> {
         let p = self.plan(q.shape, k.shape, v.shape, out.shape)?;
         check_state("state", Some(state.len()), &p)?;
-        let x = Inputs { call: self, plan: &p, q, k, v };
+        let x = Inputs::new(self, &p, q, k, v);
         let out = out.rows();
         let size = p.d * p.dv;
         let isa = self.isa.min(Isa::detect());
@@ -553,16 +576,22 @@ struct Outputs<'a> {
     dt: Shared<'a>,
 }
 
-/// A checked call with its operands.
+/// A checked call with its operands, and the value columns of a task.
 struct Inputs<'a, T> {
     call: &'a Recur<'a, T>,
     plan: &'a Plan,
     q: &'a View<'a, T>,
     k: &'a View<'a, T>,
     v: &'a View<'a, T>,
+    cols: Range<usize>,
 }
 
-impl<T: Element> Inputs<'_, T> {
+impl<'a, T: Element> Inputs<'a, T> {
+    /// With all columns.
+    fn new(call: &'a Recur<'a, T>, plan: &'a Plan, q: &'a View<'a, T>, k: &'a View<'a, T>, v: &'a View<'a, T>) -> Self {
+        Inputs { call, plan, q, k, v, cols: 0..plan.dv }
+    }
+
     /// Row of token `t` for output head `h`.
     fn row<'v, E: Copy>(&self, x: &View<'v, E>, b: usize, h: usize, t: usize) -> &'v [E] {
         x.row(b, shared(x.shape[1], self.plan.heads, h), t)
@@ -579,23 +608,30 @@ impl<T: Element> Inputs<'_, T> {
         let Some((decay, rule, strength)) = self.call.gate.kind() else {
             unreachable!("the selective scan has its own kernel")
         };
-        Chunk::new(decay, rule, strength, self.plan.d, self.plan.dv, len, back)
+        Chunk::new(decay, rule, strength, self.plan.d, self.cols.len(), len, back)
     }
 
-    /// Read a chunk's tokens.
-    fn load(&self, isa: Isa, c: &mut Chunk, b: usize, h: usize, tokens: Range<usize>) {
+    /// Read a chunk's tokens, and ask for those of the chunk that comes next, from token `next` on.
+    fn load(&self, isa: Isa, c: &mut Chunk, b: usize, h: usize, tokens: Range<usize>, next: Option<usize>) {
         let (n, np) = (tokens.len(), tokens.len().next_multiple_of(mat::PAD));
-        let fill = |to: &mut Mat, x: &View<T>, f: f32| {
+        let part = |to: &mut Mat, x: &View<T>, cols: Range<usize>, f: f32| {
+            let (head, line) = (x.head(b, shared(x.shape[1], self.plan.heads, h)), x.strides[2]);
+            let row = |t: usize| &head[t * line + cols.start..t * line + cols.end];
             for t in 0..n {
-                rows::widen(isa, to.row_mut(t), self.row(x, b, h, tokens.start + t), f);
+                rows::widen(isa, to.row_mut(t), row(tokens.start + t), f);
+                if let Some(next) = next.filter(|next| next + t < x.shape[2]) {
+                    rows::ask(row(next + t));
+                }
             }
             for t in n..np {
                 to.row_mut(t).fill(0.0);
             }
         };
+        let d = self.plan.d;
+        let fill = |to: &mut Mat, x: &View<T>, f: f32| part(to, x, 0..d, f);
         fill(&mut c.readers[0], self.q, self.call.scale);
         fill(&mut c.writers[0], self.k, 1.0);
-        fill(&mut c.v, self.v, 1.0);
+        part(&mut c.v, self.v, self.cols.clone(), 1.0);
         match &self.call.gate {
             Gate::LowRank { a, b, .. } => {
                 fill(&mut c.writers[1], a, 1.0);
@@ -632,54 +668,63 @@ impl<T: Element> Inputs<'_, T> {
         }
     }
 
-    /// One head of one sequence. `kept` receives the state before each chunk and the last one, padded.
+    /// One head of one sequence. `last` has the rows of the final state, `kept` receives the state before each chunk
+    /// and the last one, padded.
     ///
     /// # Safety
-    /// Nobody else holds the head's rows of `out`.
-    unsafe fn forward(
+    /// Nobody else holds the columns of the head's rows of `out`.
+    unsafe fn forward<'l>(
         &self,
         i: usize,
         h: usize,
         initial: Option<&[f32]>,
         out: Option<&Rows<f32>>,
-        last: Option<&mut [f32]>,
+        last: impl Fn(usize) -> Option<&'l mut [f32]>,
         mut kept: Option<&mut Vec<f32>>,
     ) -> Work {
         let (b, tokens) = &self.plan.sequences[i];
-        let (d, dv) = (self.plan.d, self.plan.dv);
+        let (d, dv) = (self.plan.d, self.cols.len());
         let mut eng = self.engine();
         let mut c = self.room(tokens.len(), false);
         let mut s = Mat::new(d, dv);
-        if let Some(initial) = initial {
-            put_state(&mut s, initial, dv);
-        }
+        self.put_state(initial, |i, row| s.row_mut(i)[..dv].copy_from_slice(row));
         let mut work = Work::default();
         for from in tokens.clone().step_by(CHUNK) {
             let part = from..(from + CHUNK).min(tokens.end);
-            self.load(eng.isa, &mut c, *b, h, part.clone());
+            self.load(eng.isa, &mut c, *b, h, part.clone(), Some(part.end));
             c.begin(&mut eng, part.len());
             c.values(&mut eng, s.top(s.rows));
             if let Some(out) = out {
                 c.output(&mut eng, s.top(s.rows));
                 for t in part.clone() {
                     // SAFETY: by this function's contract.
-                    unsafe { out.row_mut(*b, h, t) }.copy_from_slice(&c.out.row(t - part.start)[..dv]);
+                    unsafe { out.part_mut(*b, h, t, self.cols.clone()) }
+                        .copy_from_slice(&c.out.row(t - part.start)[..dv]);
                 }
             }
             if let Some(kept) = &mut kept {
                 kept.extend_from_slice(s.all());
             }
-            c.advance(&mut eng, &mut s, kept.is_some());
+            c.advance(&mut eng, &mut s, kept.is_some() && c.decay != Decay::None);
             work += self.chunk_work(part.len(), out.is_some());
         }
         if let Some(kept) = kept {
             kept.extend_from_slice(s.all());
         }
-        if let Some(last) = last {
-            take_state(&s, last, dv);
+        for i in 0..d {
+            if let Some(last) = last(i) {
+                last.copy_from_slice(&s.row(i)[..dv]);
+            }
         }
-        work.bytes += 4 * (d * dv) as u64 * (u64::from(initial.is_some()) + 1);
+        work.bytes += 4 * (d * self.plan.dv) as u64 * (u64::from(initial.is_some()) + 1);
         work
+    }
+
+    /// Hand each row of a state, the task's columns of it, to `put`.
+    fn put_state(&self, state: Option<&[f32]>, mut put: impl FnMut(usize, &[f32])) {
+        for (i, row) in state.unwrap_or(&[]).chunks_exact(self.plan.dv.max(1)).enumerate() {
+            put(i, &row[self.cols.clone()]);
+        }
     }
 
     /// Whether the kernel for identity and scalar decay in bf16 serves the call.
@@ -692,30 +737,26 @@ impl<T: Element> Inputs<'_, T> {
     /// [`Inputs::forward`] by that kernel.
     ///
     /// # Safety
-    /// Nobody else holds the head's rows of `out`; [`Inputs::suits_fast`].
+    /// Nobody else holds the columns of the head's rows of `out`; [`Inputs::suits_fast`].
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    unsafe fn forward_fast(
+    unsafe fn forward_fast<'l>(
         &self,
         i: usize,
         h: usize,
         initial: Option<&[f32]>,
         out: &Rows<f32>,
-        last: Option<&mut [f32]>,
+        last: impl Fn(usize) -> Option<&'l mut [f32]>,
     ) -> Work {
         let (b, tokens) = &self.plan.sequences[i];
-        let (d, dv) = (self.plan.d, self.plan.dv);
+        let d = self.plan.d;
         // SAFETY: the machine has AMX, and the value stays in this function.
-        let mut kernel = unsafe { fast::Fast::new(d, dv) };
-        if let Some(initial) = initial {
-            for (i, row) in initial.chunks_exact(dv.max(1)).enumerate() {
-                kernel.state_row(i).copy_from_slice(row);
-            }
-        }
+        let mut kernel = unsafe { fast::Fast::new(d, self.cols.len()) };
+        self.put_state(initial, |i, row| kernel.state_row(i).copy_from_slice(row));
         let mut work = Work::default();
         for from in tokens.clone().step_by(CHUNK) {
             let n = (tokens.end - from).min(CHUNK);
-            let rows = |x: &View<T>, from: usize| fast::RowsOf {
-                first: self.row(x, *b, h, from).as_ptr().cast::<u8>(),
+            let rows = |x: &View<T>, col: usize| fast::RowsOf {
+                first: self.row(x, *b, h, from)[col..].as_ptr().cast::<u8>(),
                 line: std::mem::size_of::<T>() * x.strides[2],
             };
             let each = |x: &View<f32>| -> [f32; CHUNK] {
@@ -728,10 +769,13 @@ impl<T: Element> Inputs<'_, T> {
                 r
             };
             let mut chunk = fast::Input {
-                q: rows(self.q, from),
-                k: rows(self.k, from),
-                v: rows(self.v, from),
-                out: fast::RowsOf { first: out.row_ptr(*b, h, from).cast(), line: 4 * out.token_stride() },
+                q: rows(self.q, 0),
+                k: rows(self.k, 0),
+                v: rows(self.v, self.cols.start),
+                out: fast::RowsOf {
+                    first: out.row_ptr(*b, h, from).wrapping_add(self.cols.start).cast(),
+                    line: 4 * out.token_stride(),
+                },
                 tokens: n,
                 coming: (tokens.end - from - n).min(CHUNK),
                 scale: self.call.scale,
@@ -748,12 +792,12 @@ impl<T: Element> Inputs<'_, T> {
             unsafe { kernel.chunk(&chunk) };
             work += self.chunk_work(n, true);
         }
-        if let Some(last) = last {
-            for (i, row) in last.chunks_exact_mut(dv.max(1)).enumerate() {
-                row.copy_from_slice(kernel.state_row(i));
+        for i in 0..d {
+            if let Some(last) = last(i) {
+                last.copy_from_slice(kernel.state_row(i));
             }
         }
-        work.bytes += 4 * (d * dv) as u64 * (u64::from(initial.is_some()) + 1);
+        work.bytes += 4 * (d * self.plan.dv) as u64 * (u64::from(initial.is_some()) + 1);
         work
     }
 
@@ -774,15 +818,13 @@ impl<T: Element> Inputs<'_, T> {
         let (d, dv) = (self.plan.d, self.plan.dv);
         let mut kept = Vec::new();
         // SAFETY: writes nothing but `kept`.
-        let mut work = unsafe { self.forward(i, h, initial, None, None, Some(&mut kept)) };
+        let mut work = unsafe { self.forward(i, h, initial, None, |_| None, Some(&mut kept)) };
         let mut eng = self.engine();
-        // The gradient of a decay is a small difference of sums over the chunk.
-        eng.split = true;
+        // The gradient of a decay is a small difference of sums over the chunk; a system multiplies errors.
+        eng.split = self.call.gate.kind().is_some_and(|(decay, rule, _)| decay != Decay::None || rule != Rule::Add);
         let mut c = self.room(tokens.len(), true);
         let mut ds = Mat::new(d, dv);
-        if let Some(dlast) = dlast {
-            put_state(&mut ds, dlast, dv);
-        }
+        self.put_state(dlast, |i, row| ds.row_mut(i)[..dv].copy_from_slice(row));
         let size = ds.rows * ds.cols;
         let state = |j: usize| Ref { data: &kept[j * size..(j + 1) * size], ld: ds.cols, rows: ds.rows, cols: ds.cols };
         let states: Vec<Ref> = (0..kept.len() / size.max(1)).map(state).collect();
@@ -790,10 +832,14 @@ impl<T: Element> Inputs<'_, T> {
         for (j, from) in tokens.clone().step_by(CHUNK).enumerate().collect::<Vec<_>>().into_iter().rev() {
             let part = from..(from + CHUNK).min(tokens.end);
             let n = part.len();
-            self.load(eng.isa, &mut c, *b, h, part.clone());
+            let next = from.checked_sub(CHUNK).filter(|next| *next >= tokens.start);
+            self.load(eng.isa, &mut c, *b, h, part.clone(), next);
             for t in 0..n.next_multiple_of(mat::PAD) {
                 if t < n {
                     rows::widen(eng.isa, c.out.row_mut(t), dout.row(*b, h, from + t), 1.0);
+                    if let Some(next) = next {
+                        rows::ask(dout.row(*b, h, next + t));
+                    }
                 } else {
                     c.out.row_mut(t).fill(0.0);
                 }
@@ -834,7 +880,9 @@ impl<T: Element> Inputs<'_, T> {
             }
             work += self.chunk_work_back(n);
         }
-        take_state(&ds, dinitial, dv);
+        for (i, row) in dinitial.chunks_exact_mut(dv.max(1)).enumerate() {
+            row.copy_from_slice(&ds.row(i)[..dv]);
+        }
         work.bytes += 4 * (d * dv) as u64 * (u64::from(dlast.is_some()) + 1);
         work
     }
@@ -885,17 +933,5 @@ impl<T: Element> Inputs<'_, T> {
         let vectors = 2 * d + 2 * dv + if low_rank { 2 * d } else { 0 };
         work.bytes += 4 * n * (vectors + self.call.gate.width(self.plan.d, self.plan.dv) as u64) + 8 * d * dv;
         work
-    }
-}
-
-fn put_state(s: &mut Mat, from: &[f32], dv: usize) {
-    for (i, row) in from.chunks_exact(dv.max(1)).enumerate() {
-        s.row_mut(i)[..dv].copy_from_slice(row);
-    }
-}
-
-fn take_state(s: &Mat, to: &mut [f32], dv: usize) {
-    for (i, row) in to.chunks_exact_mut(dv.max(1)).enumerate() {
-        row.copy_from_slice(&s.row(i)[..dv]);
     }
 }

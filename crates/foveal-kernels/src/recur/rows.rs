@@ -118,8 +118,8 @@ pub(super) fn dot(isa: Isa, x: &[f32], y: &[f32]) -> f32 {
 
 /// dst (+)= x ∘ y · sign.
 pub(super) fn add_product(isa: Isa, dst: &mut [f32], x: &[f32], y: &[f32], sign: f32) {
-    assert!(x.len() == y.len() && x.len() == dst.len());
-    // SAFETY: equal lengths; `isa` as above.
+    assert!(x.len() == y.len() && x.len() == dst.len() && x.len().is_multiple_of(PAD));
+    // SAFETY: equal lengths in whole vectors; `isa` as above.
     unsafe { fused(isa, dst, x, y, sign) }
 }
 
@@ -165,8 +165,11 @@ with_isa!(simd, unsafe fn times_in_place => times_in_place_on(dst: &mut [f32], m
 
 #[inline(always)]
 unsafe fn fused_on<S: Simd>(dst: &mut [f32], x: &[f32], y: &[f32], sign: f32) {
-    for i in 0..dst.len() {
-        dst[i] += sign * (x[i] * y[i]);
+    let sign = S::splat(sign);
+    for i in (0..dst.len()).step_by(S::LANES) {
+        let to = dst.as_mut_ptr().add(i);
+        let xy = S::mul(S::load(x.as_ptr().add(i)), S::load(y.as_ptr().add(i)));
+        S::store(to, S::fma(sign, xy, S::load(to)));
     }
 }
 with_isa!(simd, unsafe fn fused => fused_on(dst: &mut [f32], x: &[f32], y: &[f32], sign: f32));
@@ -331,26 +334,47 @@ walks! {
     diagonal_low_rank_back diagonal_low_rank_back_on LOW_RANK true
 }
 
+/// Ask for a row that will be read.
+#[inline(always)]
+pub(super) fn ask<T>(row: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for at in (0..std::mem::size_of_val(row)).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch of any address has no effect but on caches.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().cast::<i8>().wrapping_add(at)) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = row;
+}
+
 /// to = from · f, widened; the rest of `to` is zeroed.
 pub(super) fn widen<T: Element>(isa: Isa, to: &mut [f32], from: &[T], f: f32) {
     let (to, rest) = to.split_at_mut(from.len());
     rest.fill(0.0);
-    // SAFETY: equal lengths; `isa` was lowered to what the machine has.
+    // SAFETY: equal lengths, and bits of bf16 and f32 read as such alone; `isa` was lowered to what the machine has.
     unsafe { widen_any(isa, to, from, f) }
 }
 
 #[inline(always)]
 unsafe fn widen_any_on<S: Simd, T: Element>(to: &mut [f32], from: &[T], f: f32) {
+    let (n, p, q) = (to.len(), from.as_ptr(), to.as_mut_ptr());
+    let factor = S::splat(f);
+    let mut i = 0;
+    // Whole vectors; left to the compiler, rows of 64 went one by one.
     if TypeId::of::<T>() == TypeId::of::<half::bf16>() {
-        // Bits rather than `to_f32`, which looks for NaN.
-        let bits = std::slice::from_raw_parts(from.as_ptr().cast::<u16>(), from.len());
-        for i in 0..to.len() {
-            to[i] = f32::from_bits(u32::from(bits[i]) << 16) * f;
+        while i + S::LANES <= n {
+            S::store(q.add(i), S::mul(S::load_bf16(p.cast::<u16>().add(i)), factor));
+            i += S::LANES;
         }
-    } else {
-        for i in 0..to.len() {
-            to[i] = from[i].to_f32() * f;
+    } else if TypeId::of::<T>() == TypeId::of::<f32>() {
+        while i + S::LANES <= n {
+            S::store(q.add(i), S::mul(S::load(p.cast::<f32>().add(i)), factor));
+            i += S::LANES;
         }
+    }
+    while i < n {
+        *q.add(i) = (*p.add(i)).to_f32() * f;
+        i += 1;
     }
 }
 with_isa!(simd, unsafe fn widen_any => widen_any_on<T: Element>(to: &mut [f32], from: &[T], f: f32));
