@@ -2,7 +2,9 @@
 //! same attention composed of candle operations.
 
 use candle_core::{D, DType, Device, Tensor, Var};
-use foveal::prim::{AttendOptions, Normalizer, attend, attend_indexed, attend_selected, merge};
+use foveal::prim::{
+    AttendBias, AttendOptions, Band, Normalizer, Sequences, attend, attend_indexed, attend_selected, merge,
+};
 use foveal::sparse::HeadSelection;
 use foveal_kernels::{BlockTable, HeadKeys, HeadTable, KeyLists};
 use std::f32::consts::TAU;
@@ -75,6 +77,109 @@ fn lists() -> KeyLists {
     KeyLists { heads: (0..8).map(head).collect() }
 }
 
+fn sinks() -> Tensor {
+    Tensor::new(&[0.3f32, -1.0, 0.0, 2.0], &Device::Cpu).unwrap()
+}
+
+/// Gradients of sinks and of every kind of bias, each beside those of q, k and v.
+#[test]
+fn biases_and_sinks() {
+    let t = tables(true);
+    type Of = fn(&[Tensor]) -> AttendBias;
+    let cases: [(&str, Vec<Tensor>, Of); 8] = [
+        ("slopes", vec![wave(5, &[4])], |x| AttendBias::Alibi((&x[0] * 0.1).unwrap())),
+        ("dense", vec![wave(5, &[2, 4, 21, 30])], |x| AttendBias::Dense(x[0].clone())),
+        ("dense of all", vec![wave(5, &[21, 30])], |x| AttendBias::Dense(x[0].clone())),
+        ("keys", vec![wave(5, &[2, 4, 30])], |x| AttendBias::Keys(x[0].clone())),
+        ("keys of heads", vec![wave(5, &[4, 30])], |x| AttendBias::Keys(x[0].clone())),
+        ("table", vec![wave(5, &[1, 9])], |x| AttendBias::Relative { table: x[0].clone(), left: 7 }),
+        ("factors", vec![wave(5, &[2, 4, 21, 3]), wave(6, &[2, 4, 30, 3])], |x| AttendBias::Factors {
+            q: x[0].clone(),
+            k: x[1].clone(),
+        }),
+        ("factors of all", vec![wave(5, &[21, 2]), wave(6, &[30, 2])], |x| AttendBias::Factors {
+            q: x[0].clone(),
+            k: x[1].clone(),
+        }),
+    ];
+    for (name, operands, bias) in cases {
+        for normalizer in [Normalizer::Softmax, Normalizer::Sigmoid { bias: -2.0 }] {
+            let softmax = normalizer == Normalizer::Softmax;
+            let all = inputs().into_iter().chain(operands.clone()).chain(softmax.then(sinks));
+            let run = |x: &[Tensor]| {
+                let mut o = AttendOptions { softcap: Some(4.0), normalizer, ..AttendOptions::causal() };
+                o.bias = Some(bias(&x[3..]));
+                o.sinks = if softmax { x.last().cloned() } else { None };
+                let a = attend(&x[0], &x[1], &x[2], &o, Some(&t)).unwrap();
+                if softmax { vec![a.out, a.lse] } else { vec![a.out] }
+            };
+            let all: Vec<Tensor> = all.collect();
+            check(name, &all, run);
+        }
+    }
+}
+
+/// Only a bias asks for gradients, twice over; its gradient is that which it has among others.
+#[test]
+fn a_bias_alone() {
+    let [q, k, v] = inputs();
+    let table = Var::from_tensor(&wave(5, &[4, 9])).unwrap();
+    let o = |table: &Tensor| AttendOptions {
+        bias: Some(AttendBias::Relative { table: table.clone(), left: 7 }),
+        sinks: Some(sinks()),
+        ..AttendOptions::causal()
+    };
+    let loss = weigh(&[attend(&q, &k, &v, &o(&table), None).unwrap().out]);
+    let all = gradients(&[q.clone(), k, v, table.as_tensor().clone()], |x| {
+        vec![attend(&x[0], &x[1], &x[2], &o(&x[3]), None).unwrap().out]
+    });
+    for _ in 0..2 {
+        let grads = loss.backward().unwrap();
+        assert!(grads.get(&q).is_none());
+        assert_eq!(number(&(grads.get(&table).unwrap() - &all[3]).unwrap().abs().unwrap()), 0.0);
+    }
+}
+
+#[test]
+fn ragged_batches() {
+    let cu = Sequences { q: vec![0, 9, 9, 21], k: vec![0, 12, 17, 30] };
+    let inputs = [wave(1, &[1, 4, 21, 6]), wave(2, &[1, 2, 30, 6]), wave(3, &[1, 2, 30, 5]), wave(4, &[4, 7])];
+    check("ragged", &inputs, |x| {
+        let bias = Some(AttendBias::Relative { table: x[3].clone(), left: 5 });
+        let o = AttendOptions { cu_seqlens: Some(cu.clone()), bias, ..AttendOptions::causal() };
+        let a = attend(&x[0], &x[1], &x[2], &o, None).unwrap();
+        vec![a.out, a.lse]
+    });
+    // Each sequence by itself.
+    let o = AttendOptions { cu_seqlens: Some(cu.clone()), ..AttendOptions::causal() };
+    let whole = attend(&inputs[0], &inputs[1], &inputs[2], &o, None).unwrap();
+    for (q, k) in cu.q.windows(2).zip(cu.k.windows(2)) {
+        let part = |x: &Tensor, w: &[usize]| x.narrow(2, w[0], w[1] - w[0]).unwrap();
+        let one = [part(&inputs[0], q), part(&inputs[1], k), part(&inputs[2], k)];
+        let one = attend(&one[0], &one[1], &one[2], &AttendOptions::causal(), None).unwrap();
+        assert!(number(&(part(&whole.out, q) - one.out).unwrap().abs().unwrap()) < 1e-4);
+    }
+}
+
+#[test]
+fn options_that_do_not_fit_are_refused() {
+    let [q, k, v] = inputs();
+    let refused = |o: AttendOptions, what: &str| {
+        let e = attend(&q, &k, &v, &o, None).unwrap_err().to_string();
+        assert!(e.contains(what), "{what}: {e}");
+    };
+    let with = |bias| AttendOptions { bias: Some(bias), ..AttendOptions::default() };
+    refused(with(AttendBias::Alibi(wave(1, &[3]))), "slopes");
+    refused(with(AttendBias::Dense(wave(1, &[21, 29]))), "broadcasts");
+    refused(with(AttendBias::Keys(wave(1, &[4, 29]))), "bias of keys");
+    refused(with(AttendBias::Factors { q: wave(1, &[21, 2]), k: wave(1, &[30, 3]) }), "key factors");
+    refused(AttendOptions { sinks: Some(wave(1, &[5])), ..AttendOptions::default() }, "sinks");
+    let both = AttendOptions { window: Some(3), band: Some(Band::window(3)), ..AttendOptions::default() };
+    refused(both, "window");
+    let cu = Some(Sequences { q: vec![0, 21], k: vec![0, 30] });
+    refused(AttendOptions { cu_seqlens: cu, ..AttendOptions::default() }, "batch");
+}
+
 #[test]
 fn masks_and_options() {
     let options = [
@@ -83,7 +188,8 @@ fn masks_and_options() {
         AttendOptions { window: Some(5), ..AttendOptions::causal() },
         AttendOptions { softcap: Some(1.5), scale: Some(0.9), ..AttendOptions::causal() },
         AttendOptions { normalizer: Normalizer::Sigmoid { bias: -3.0 }, ..AttendOptions::causal() },
-        AttendOptions { sinks: Some(vec![0.3, -1.0, 0.0, 2.0]), ..AttendOptions::causal() },
+        AttendOptions { sinks: Some(sinks()), ..AttendOptions::causal() },
+        AttendOptions { band: Some(Band { left: 5, right: 3 }), ..AttendOptions::default() },
     ];
     for o in options {
         check(&format!("{o:?}"), &inputs(), |x| {

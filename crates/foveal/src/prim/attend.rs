@@ -5,18 +5,55 @@
 //! (B, H, Tq, Dv) over memory in (B, Tq, H, Dv) order, so that a model's output projection
 //! reads it without a copy.
 //!
-//! Where q, k or v track gradients, so do output and log-sum-exp; the backward pass recomputes weights tile
-//! by tile and needs no memory of Tq × Tk. Sinks are constants here.
+//! Where q, k, v, sinks or a bias track gradients, so do output and log-sum-exp; the backward pass recomputes
+//! weights tile by tile and needs no memory of Tq × Tk unless a dense bias has it already.
 
 use crate::error::{Error, Result};
-use crate::prim::conv::{WorkCell, cpu, gradient, wrap as wrap_error};
+use crate::prim::conv::{WorkCell, cpu, flat, gradient, wrap as wrap_error};
 use crate::prim::tensor::{AnyView, cpu_view, rows, view};
 use crate::sparse::HeadSelection;
-use candle_core::{CpuStorage, CustomOp3, Device, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Shape, Tensor};
 use foveal_kernels::{
-    Attend, AttendGrads, BlockTable, Element, HeadKeys, HeadTable, Isa, KeyLists, Normalizer, Upstream, View, ViewMut,
-    Work, attend_indexed as indexed_kernel, attend_indexed_backward as indexed_backward, merge_row,
+    Attend, AttendGrads, Band, Bias, BiasGrad, BlockTable, CuSeqlens, Element, HeadKeys, HeadTable, Isa, KeyLists,
+    Normalizer, Upstream, View, ViewMut, Work, attend_indexed as indexed_kernel,
+    attend_indexed_backward as indexed_backward, merge_row,
 };
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// What is added to scaled and soft-capped scores; all f32 (or cast to it), gradients included. Distances are those
+/// of [`foveal_kernels::Bias`]: key less the query's own position.
+#[derive(Clone, Debug)]
+pub enum AttendBias {
+    /// −slope · |distance|: (H).
+    Alibi(Tensor),
+    /// (B, H, Tq, Tk) or what broadcasts to it; of a ragged batch (1, H, Tq, longest Tk).
+    Dense(Tensor),
+    /// One number a key: (B, H, Tk) or what broadcasts to it.
+    Keys(Tensor),
+    /// One number a distance, clipped at both ends.
+    Relative {
+        /// (H, n) or (1, n).
+        table: Tensor,
+        /// Where a table keeps distance 0.
+        left: usize,
+    },
+    /// φ_q · φ_k, per head or shared.
+    Factors {
+        /// (B, H, Tq, R) or what broadcasts to it.
+        q: Tensor,
+        /// (B, H, Tk, R) or what broadcasts to it.
+        k: Tensor,
+    },
+}
+
+/// Bounds of the sequences of a ragged batch, as [`foveal_kernels::CuSeqlens`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sequences {
+    /// Of queries: from 0 to all, ascending.
+    pub q: Vec<usize>,
+    /// Of keys; as many.
+    pub k: Vec<usize>,
+}
 
 /// Options of one attention call.
 #[derive(Clone, Debug, Default)]
@@ -25,12 +62,19 @@ pub struct AttendOptions {
     pub scale: Option<f32>,
     /// Query i of n sees keys up to m − n + i.
     pub causal: bool,
-    /// Keys in all that a query sees, its own included (causal only).
+    /// Keys in all that a query sees, its own included and none later: short for a band, so not both.
     pub window: Option<usize>,
+    /// Keys near a query's own position: so many up to it, so many after it.
+    pub band: Option<Band>,
     /// `cap · tanh(s / cap)` on scaled scores.
     pub softcap: Option<f32>,
-    /// One logit per query head added to the denominator.
-    pub sinks: Option<Vec<f32>>,
+    /// One logit per query head, (H), added to the denominator.
+    pub sinks: Option<Tensor>,
+    /// Added to scores.
+    pub bias: Option<AttendBias>,
+    /// Tokens of a batch of 1 as sequences, each attended by itself; tables and lists are then one a (sequence,
+    /// head).
+    pub cu_seqlens: Option<Sequences>,
     /// Softmax, or a sigmoid of each score (no sinks then, and no log-sum-exp: `Attended::lse` is NaN).
     pub normalizer: Normalizer,
     /// Instruction set; `None` = the best there is.
@@ -168,39 +212,177 @@ macro_rules! alike {
     };
 }
 
-/// The kernel's parameters for heads of `d`.
-fn parameters(o: &AttendOptions, d: usize) -> Attend<'_> {
-    let mut p = Attend::new(o.scale.unwrap_or(1.0 / (d.max(1) as f32).sqrt())).causal(o.causal).window(o.window);
-    p.softcap = o.softcap;
-    p.sinks = o.sinks.as_deref();
-    p.normalizer = o.normalizer;
-    if let Some(isa) = o.isa {
-        p.isa = isa;
+/// A bias as the kernel reads it: numbers, or tensors of full shape with rows in place.
+enum Ready {
+    Alibi(Vec<f32>),
+    Relative(Vec<f32>, usize),
+    Dense(Tensor),
+    Keys(Tensor),
+    Factors(Tensor, Tensor),
+}
+
+/// Which of the smaller operands a gradient is of.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Part {
+    Sinks,
+    Bias,
+    KeyFactors,
+}
+
+/// The options of a call with their tensors read.
+struct Setting {
+    options: AttendOptions,
+    bias: Option<Ready>,
+    sinks: Option<Vec<f32>>,
+}
+
+fn numbers(x: &Tensor) -> Result<Vec<f32>> {
+    Ok(x.flatten_all()?.to_vec1()?)
+}
+
+/// f32 rows of a bias, broadcast to `shape`.
+fn spread(op: &'static str, name: &'static str, x: &Tensor, shape: [usize; 4]) -> Result<Tensor> {
+    let wide = x.to_dtype(DType::F32)?.broadcast_as(&shape);
+    let x = wide.map_err(|_| Error::Shape {
+        op,
+        tensor: name,
+        shape: x.dims().to_vec(),
+        expected: format!("{shape:?} or what broadcasts to it"),
+    })?;
+    rows(op, name, &x)
+}
+
+impl Setting {
+    /// The setting, and the operands of which gradients are wanted, in full shape.
+    fn of(op: &'static str, o: &AttendOptions, [b, h, tq, tk]: [usize; 4]) -> Result<(Self, Vec<(Part, Tensor)>)> {
+        let mut parts = Vec::new();
+        let mut part = |part, x: &Tensor| {
+            if x.track_op() {
+                parts.push((part, x.clone()));
+            }
+        };
+        let vector = |name, x: &Tensor, n: usize, expected: &str| {
+            if x.elem_count() != n {
+                let expected = format!("({expected}) of {n} in all");
+                return Err(Error::Shape { op, tensor: name, shape: x.dims().to_vec(), expected });
+            }
+            Ok(x.to_dtype(DType::F32)?)
+        };
+        if o.window.is_some() && o.band.is_some() {
+            return Err(Error::Kernel(foveal_kernels::KernelError::Param {
+                op,
+                name: "window",
+                value: "given beside a band".into(),
+                remedy: "a window is a band; give one of them".into(),
+            }));
+        }
+        let mut sinks = None;
+        if let Some(x) = &o.sinks {
+            let x = vector("sinks", x, h, "query heads")?;
+            sinks = Some(numbers(&x)?);
+            part(Part::Sinks, &x);
+        }
+        let bias = match &o.bias {
+            None => None,
+            Some(AttendBias::Alibi(x)) => {
+                let x = vector("slopes", x, h, "query heads")?;
+                part(Part::Bias, &x);
+                Some(Ready::Alibi(numbers(&x)?))
+            }
+            Some(AttendBias::Relative { table, left }) => {
+                let (rows, n) = table.dims2()?;
+                let x = if rows == 1 { table.broadcast_as((h, n))? } else { table.clone() };
+                let x = vector("table", &x, h * n, "query heads, distances")?;
+                part(Part::Bias, &x);
+                Some(Ready::Relative(numbers(&x)?, *left))
+            }
+            Some(AttendBias::Dense(x)) => {
+                let k =
+                    o.cu_seqlens.as_ref().map(|s| s.k.windows(2).map(|w| w[1].saturating_sub(w[0])).max().unwrap_or(0));
+                let x = spread(op, "bias", x, [b, h, tq, k.unwrap_or(tk)])?;
+                part(Part::Bias, &x);
+                Some(Ready::Dense(x.detach()))
+            }
+            Some(AttendBias::Keys(x)) => {
+                let keys = x.rank().checked_sub(1).map_or(Ok(x.clone()), |at| x.unsqueeze(at))?;
+                let x = spread(op, "bias of keys", &keys, [b, h, 1, tk])?;
+                part(Part::Bias, &x);
+                Some(Ready::Keys(x.detach()))
+            }
+            Some(AttendBias::Factors { q, k }) => {
+                let r = q.dims().last().copied().unwrap_or(0);
+                let q = spread(op, "query factors", q, [b, h, tq, r])?;
+                let k = spread(op, "key factors", k, [b, h, tk, r])?;
+                part(Part::Bias, &q);
+                part(Part::KeyFactors, &k);
+                Some(Ready::Factors(q.detach(), k.detach()))
+            }
+        };
+        // What was read is not kept twice.
+        let options = AttendOptions { sinks: None, bias: None, ..o.clone() };
+        Ok((Self { options, bias, sinks }, parts))
     }
-    p
+
+    /// The kernel's parameters for heads of `d`.
+    fn with<R>(&self, d: usize, f: impl FnOnce(Attend) -> Result<R>) -> Result<R> {
+        let o = &self.options;
+        let mut p = Attend::new(o.scale.unwrap_or(1.0 / (d.max(1) as f32).sqrt())).causal(o.causal);
+        p.band = o.band.or(o.window.map(Band::window));
+        p.softcap = o.softcap;
+        p.sinks = self.sinks.as_deref();
+        p.normalizer = o.normalizer;
+        p.cu_seqlens = o.cu_seqlens.as_ref().map(|s| CuSeqlens { q: &s.q, k: &s.k });
+        if let Some(isa) = o.isa {
+            p.isa = isa;
+        }
+        let wrong = || Error::Dtype { op: "attend", tensor: "bias", dtype: "other".into(), expected: "f32" };
+        match &self.bias {
+            None => f(p),
+            Some(Ready::Alibi(x)) => f(p.bias(Some(Bias::Alibi(x)))),
+            Some(Ready::Relative(table, left)) => f(p.bias(Some(Bias::Relative { table, left: *left }))),
+            Some(Ready::Dense(x)) => {
+                let (s, l) = x.storage_and_layout();
+                let AnyView::F32(x) = view("bias", &s, l)? else { return Err(wrong()) };
+                f(p.bias(Some(Bias::Dense(x))))
+            }
+            Some(Ready::Keys(x)) => {
+                let (s, l) = x.storage_and_layout();
+                let AnyView::F32(x) = view("bias", &s, l)? else { return Err(wrong()) };
+                f(p.bias(Some(Bias::Keys(x))))
+            }
+            Some(Ready::Factors(q, k)) => {
+                let ((qs, ql), (ks, kl)) = (q.storage_and_layout(), k.storage_and_layout());
+                let (AnyView::F32(q), AnyView::F32(k)) = (view("factors", &qs, ql)?, view("factors", &ks, kl)?) else {
+                    return Err(wrong());
+                };
+                f(p.bias(Some(Bias::Factors { q, k })))
+            }
+        }
+    }
 }
 
 fn forward<T: Element>(
-    o: &AttendOptions,
+    setting: &Setting,
     what: What,
     [q, k, v]: [&View<T>; 3],
     out: &mut [f32],
     lse: &mut [f32],
 ) -> Result<Work> {
-    let p = parameters(o, q.shape[3]);
     let shape = [q.shape[0], q.shape[1], q.shape[2], v.shape[3]];
     let mut out = ViewMut::new("out", out, shape, strides(shape))?;
-    let lse = if o.normalizer == Normalizer::Softmax {
+    let lse = if setting.options.normalizer == Normalizer::Softmax {
         Some(lse)
     } else {
         lse.fill(f32::NAN);
         None
     };
-    Ok(match what {
-        What::Blocks(t) => p.table(t).run(q, k, v, &mut out, lse),
-        What::Lists(l) => indexed_kernel(&p, l, q, k, v, &mut out, lse),
-        What::Both(t, l) => indexed_kernel(&p.table(Some(t)), l, q, k, v, &mut out, lse),
-    }?)
+    setting.with(q.shape[3], |p| {
+        Ok(match what {
+            What::Blocks(t) => p.table(t).run(q, k, v, &mut out, lse),
+            What::Lists(l) => indexed_kernel(&p, l, q, k, v, &mut out, lse),
+            What::Both(t, l) => indexed_kernel(&p.table(Some(t)), l, q, k, v, &mut out, lse),
+        }?)
+    })
 }
 
 fn run(op: &'static str, q: &Tensor, k: &Tensor, v: &Tensor, o: &AttendOptions, what: What) -> Result<Attended> {
@@ -216,17 +398,20 @@ fn run(op: &'static str, q: &Tensor, k: &Tensor, v: &Tensor, o: &AttendOptions, 
         }
     }
     let (b, h, tq, _) = q.dims4()?;
-    let dv = v.dims4()?.3;
-    if let Some(s) = &o.sinks
-        && s.len() != h
-    {
-        return Err(Error::Shape { op, tensor: "sinks", shape: vec![s.len()], expected: format!("({h}) query heads") });
-    }
+    let (_, _, tk, dv) = v.dims4()?;
+    let (setting, parts) = Setting::of(op, o, [b, h, tq, tk])?;
     let n = b * h * tq * dv;
-    if q.track_op() || k.track_op() || v.track_op() {
+    if q.track_op() || k.track_op() || v.track_op() || !parts.is_empty() {
         let work = WorkCell::default();
-        let visited = Visited::of(what);
-        let both = q.apply_op3(&k, &v, Tracked { name: op, options: o.clone(), visited, work: work.clone() })?;
+        let operands = [&q, &k, &v].map(Tensor::detach);
+        let wanted = parts.iter().map(|x| x.0).collect();
+        let call =
+            Arc::new(Call { name: op, setting, visited: Visited::of(what), operands, wanted, kept: Mutex::default() });
+        let mut both = q.apply_op3(&k, &v, Tracked { call: call.clone(), work: work.clone() })?;
+        let last = parts.len().saturating_sub(1);
+        for (i, (part, x)) in parts.into_iter().enumerate() {
+            both = both.apply_op2(&x, Beside { call: call.clone(), part, first: i == last })?;
+        }
         let out = both.narrow(0, 0, n)?.reshape((b, tq, h, dv))?.transpose(1, 2)?;
         let lse = both.narrow(0, n, b * h * tq)?.reshape((b, h, tq))?;
         return Ok(Attended { out, lse, work: work.get() });
@@ -237,7 +422,7 @@ fn run(op: &'static str, q: &Tensor, k: &Tensor, v: &Tensor, o: &AttendOptions, 
         let ((qs, ql), (ks, kl)) = (q.storage_and_layout(), k.storage_and_layout());
         let (vs, vl) = v.storage_and_layout();
         let views = [view("q", &qs, ql)?, view("k", &ks, kl)?, view("v", &vs, vl)?];
-        alike!(op, views, [q, k, v] => forward(o, what, [&q, &k, &v], &mut out, &mut lse))?
+        alike!(op, views, [q, k, v] => forward(&setting, what, [&q, &k, &v], &mut out, &mut lse))?
     };
     wrap(out, lse, [b, h, tq, dv], work)
 }
@@ -267,44 +452,101 @@ impl Visited {
     }
 }
 
-/// Attention inside autograd: one flat result, the output in (B, Tq, H, Dv) memory and then the log-sum-exp,
-/// which the backward pass finds there again.
-struct Tracked {
-    name: &'static str,
-    options: AttendOptions,
-    visited: Visited,
-    work: WorkCell,
+/// Gradients of one backward pass.
+#[derive(Default)]
+struct Gradients {
+    operands: Option<[Vec<f32>; 3]>,
+    parts: Vec<(Part, Vec<f32>)>,
 }
 
-impl Tracked {
-    /// Gradients of q, k and v, contiguous.
-    fn backward<T: Element>(&self, [q, k, v]: [&View<T>; 3], result: &[f32], dresult: &[f32]) -> Result<[Vec<f32>; 3]> {
-        let p = parameters(&self.options, q.shape[3]);
+/// One call inside autograd. candle's operations take three tensors at most, so that of q, k and v is followed by one
+/// for each further operand whose gradient is wanted; these pass the result on. On the way back the one that comes
+/// first computes all gradients, and each hands over its own.
+struct Call {
+    name: &'static str,
+    setting: Setting,
+    visited: Visited,
+    operands: [Tensor; 3],
+    wanted: Vec<Part>,
+    kept: Mutex<Gradients>,
+}
+
+impl Call {
+    fn kept(&self) -> std::sync::MutexGuard<'_, Gradients> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Compute all gradients and keep them.
+    fn compute(&self, result: &Tensor, dresult: &Tensor) -> candle_core::Result<()> {
+        let dresult = dresult.contiguous()?;
+        let [q, k, v] = &self.operands;
+        let ((qs, ql), (ks, kl)) = (q.storage_and_layout(), k.storage_and_layout());
+        let ((vs, vl), (rs, rl)) = (v.storage_and_layout(), result.storage_and_layout());
+        let (gs, gl) = dresult.storage_and_layout();
+        let (result, dresult) = (flat(cpu(&rs)?, rl)?, flat(cpu(&gs)?, gl)?);
+        let go = || -> Result<Gradients> {
+            let views = [view("q", &qs, ql)?, view("k", &ks, kl)?, view("v", &vs, vl)?];
+            alike!(self.name, views, [q, k, v] => self.backward([&q, &k, &v], result, dresult))
+        };
+        *self.kept() = go().map_err(through)?;
+        Ok(())
+    }
+
+    fn backward<T: Element>(&self, [q, k, v]: [&View<T>; 3], result: &[f32], dresult: &[f32]) -> Result<Gradients> {
         let shape = [q.shape[0], q.shape[1], q.shape[2], v.shape[3]];
-        let n = shape.iter().product();
-        let softmax = self.options.normalizer == Normalizer::Softmax;
-        let ((out, lse), (dout, dlse)) = (result.split_at(n), dresult.split_at(n));
+        let softmax = self.setting.options.normalizer == Normalizer::Softmax;
+        let ((out, lse), (dout, dlse)) =
+            (result.split_at(shape.iter().product()), dresult.split_at(shape.iter().product()));
         let up = Upstream {
             out: &View::new("out", out, shape, strides(shape))?,
             lse: if softmax { lse } else { &[] },
             dout: &View::new("dout", dout, shape, strides(shape))?,
             dlse: softmax.then_some(dlse),
         };
-        let mut g = [q.shape, k.shape, v.shape].map(|s| vec![0f32; s.iter().product()]);
+        let wants = |part| self.wanted.contains(&part);
+        let factors =
+            matches!(self.setting.bias, Some(Ready::Factors(..))) && (wants(Part::Bias) || wants(Part::KeyFactors));
+        let bias = self.setting.bias.as_ref().filter(|_| wants(Part::Bias) || factors);
+        let of = |x: &Tensor| x.dims4().map(|(b, h, t, d)| [b, h, t, d]);
+        // Numbers of small tables, then rows of whole tensors.
+        let (n, first, second) = match bias {
+            None => (0, [0; 4], [0; 4]),
+            Some(Ready::Alibi(x) | Ready::Relative(x, _)) => (x.len(), [0; 4], [0; 4]),
+            Some(Ready::Dense(x) | Ready::Keys(x)) => (0, of(x)?, [0; 4]),
+            Some(Ready::Factors(q, k)) => (0, of(q)?, of(k)?),
+        };
+        let zeros = |shape: [usize; 4]| vec![0f32; shape.iter().product()];
+        let mut g = [q.shape, k.shape, v.shape].map(zeros);
+        let (mut few, mut whole, mut keys) = (vec![0f32; n], zeros(first), zeros(second));
+        let mut dsinks = vec![0f32; if wants(Part::Sinks) { q.shape[1] } else { 0 }];
+        let mut first = ViewMut::contiguous("dbias", &mut whole, first)?;
+        let mut second = ViewMut::contiguous("dbias", &mut keys, second)?;
         let [dq, dk, dv] = &mut g;
         let grads = AttendGrads {
             dq: &mut ViewMut::contiguous("dq", dq, q.shape)?,
             dk: &mut ViewMut::contiguous("dk", dk, k.shape)?,
             dv: &mut ViewMut::contiguous("dv", dv, v.shape)?,
-            dsinks: None,
-            dbias: None,
+            dsinks: wants(Part::Sinks).then_some(dsinks.as_mut_slice()),
+            dbias: bias.map(|bias| match bias {
+                Ready::Alibi(_) => BiasGrad::Slopes(&mut few),
+                Ready::Relative(..) => BiasGrad::Relative(&mut few),
+                Ready::Dense(_) => BiasGrad::Dense(&mut first),
+                Ready::Keys(_) => BiasGrad::Keys(&mut first),
+                Ready::Factors(..) => BiasGrad::Factors { q: &mut first, k: &mut second },
+            }),
         };
-        match self.visited.what() {
-            What::Blocks(t) => p.table(t).backward(q, k, v, &up, grads),
-            What::Lists(l) => indexed_backward(&p, l, q, k, v, &up, grads),
-            What::Both(t, l) => indexed_backward(&p.table(Some(t)), l, q, k, v, &up, grads),
-        }?;
-        Ok(g)
+        self.setting.with(q.shape[3], |p| {
+            Ok(match self.visited.what() {
+                What::Blocks(t) => p.table(t).backward(q, k, v, &up, grads),
+                What::Lists(l) => indexed_backward(&p, l, q, k, v, &up, grads),
+                What::Both(t, l) => indexed_backward(&p.table(Some(t)), l, q, k, v, &up, grads),
+            }?)
+        })?;
+        let bias = if n > 0 { few } else { whole };
+        Ok(Gradients {
+            operands: Some(g),
+            parts: vec![(Part::Sinks, dsinks), (Part::Bias, bias), (Part::KeyFactors, keys)],
+        })
     }
 }
 
@@ -316,9 +558,16 @@ fn through(e: Error) -> candle_core::Error {
     }
 }
 
+/// Attention of q, k and v inside autograd: one flat result, the output in (B, Tq, H, Dv) memory and then the
+/// log-sum-exp, which the backward pass finds there again.
+struct Tracked {
+    call: Arc<Call>,
+    work: WorkCell,
+}
+
 impl CustomOp3 for Tracked {
     fn name(&self) -> &'static str {
-        self.name
+        self.call.name
     }
 
     fn cpu_fwd(
@@ -334,9 +583,12 @@ impl CustomOp3 for Tracked {
         let rows = qd[0] * qd[1] * qd[2];
         let mut both = vec![0f32; rows * (vd[3] + 1)];
         let (out, lse) = both.split_at_mut(rows * vd[3]);
+        let call = &self.call;
         let mut go = || -> Result<Work> {
             let views = [cpu_view("q", q, ql)?, cpu_view("k", k, kl)?, cpu_view("v", v, vl)?];
-            alike!(self.name, views, [q, k, v] => forward(&self.options, self.visited.what(), [&q, &k, &v], out, lse))
+            alike!(call.name, views, [q, k, v] => {
+                forward(&call.setting, call.visited.what(), [&q, &k, &v], out, lse)
+            })
         };
         self.work.set(go().map_err(through)?);
         let n = both.len();
@@ -351,20 +603,55 @@ impl CustomOp3 for Tracked {
         result: &Tensor,
         dresult: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let dresult = dresult.contiguous()?;
-        let ((qs, ql), (ks, kl)) = (q.storage_and_layout(), k.storage_and_layout());
-        let ((vs, vl), (rs, rl)) = (v.storage_and_layout(), result.storage_and_layout());
-        let (gs, gl) = dresult.storage_and_layout();
-        let flat = |s, l: &Layout| -> candle_core::Result<_> {
-            Ok(&cpu(s)?.as_slice::<f32>()?[l.start_offset()..l.start_offset() + l.shape().elem_count()])
+        let kept = if self.call.wanted.is_empty() { None } else { self.call.kept().operands.take() };
+        let grads = match kept {
+            Some(g) => Some(g),
+            None => {
+                self.call.compute(result, dresult)?;
+                self.call.kept().operands.take()
+            }
         };
-        let (result, dresult) = (flat(&rs, rl)?, flat(&gs, gl)?);
-        let go = || -> Result<[Vec<f32>; 3]> {
-            let views = [view("q", &qs, ql)?, view("k", &ks, kl)?, view("v", &vs, vl)?];
-            alike!(self.name, views, [q, k, v] => self.backward([&q, &k, &v], result, dresult))
-        };
-        let [dq, dk, dv] = go().map_err(through)?;
+        let Some([dq, dk, dv]) = grads else { candle_core::bail!("gradients of {} were lost", self.call.name) };
         Ok((gradient(dq, q)?, gradient(dk, k)?, gradient(dv, v)?))
+    }
+}
+
+/// What hands the gradient of one further operand over.
+struct Beside {
+    call: Arc<Call>,
+    part: Part,
+    /// Whether it is the first on the way back.
+    first: bool,
+}
+
+impl CustomOp2 for Beside {
+    fn name(&self) -> &'static str {
+        self.call.name
+    }
+
+    fn cpu_fwd(
+        &self,
+        result: &CpuStorage,
+        l: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(flat(result, l)?.to_vec()), l.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        before: &Tensor,
+        x: &Tensor,
+        result: &Tensor,
+        dresult: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        if self.first {
+            self.call.compute(result, dresult)?;
+        }
+        let part = self.call.kept().parts.iter_mut().find(|p| p.0 == self.part).map(|p| std::mem::take(&mut p.1));
+        let Some(part) = part else { candle_core::bail!("gradients of {} were lost", self.call.name) };
+        Ok((before.track_op().then(|| dresult.clone()), gradient(part, x)?))
     }
 }
 

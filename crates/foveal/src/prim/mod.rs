@@ -13,10 +13,10 @@ pub mod rows;
 pub mod select;
 pub(crate) mod tensor;
 
-pub use attend::{AttendOptions, Attended, attend, attend_indexed, attend_selected, merge};
+pub use attend::{AttendBias, AttendOptions, Attended, Sequences, attend, attend_indexed, attend_selected, merge};
 pub use conv::{Convolved, damped_ema, long_conv, short_conv};
 pub use feature::{FeatureOptions, feature_attend};
-pub use foveal_kernels::Normalizer;
 pub use foveal_kernels::conv::Boundary;
+pub use foveal_kernels::{Band, Normalizer};
 pub use recur::{RecurGate, RecurOptions, Recurred, recur, recur_step};
 pub use rows::{rms_norm, softmax};
