@@ -192,6 +192,33 @@ pub fn attend_sigmoid(
     (out, g)
 }
 
+/// One row of attention as a kernel computes it that keeps its output in bf16, tile by tile of `block` keys (so that
+/// one can see what that does): weights, the product of a tile and the sum so far are rounded to bf16. With `beta` as
+/// `Attend::repeated_max`, in the source's own terms. Scores are scaled; `v` is (keys, dv).
+pub fn attend_row_in_bf16(scores: &[f32], v: &[f32], dv: usize, block: usize, beta: Option<f32>) -> Vec<f32> {
+    let round = |x: f32| half::bf16::from_f32(x).to_f32();
+    let (mut m, mut l, mut out) = (f32::NEG_INFINITY, 0f32, vec![0f32; dv]);
+    for (s, v) in scores.chunks(block).zip(v.chunks(block * dv)) {
+        let mut top = s.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        if let Some(beta) = beta
+            && s.iter().filter(|&&x| x >= top - 1e-3).count() > 1
+        {
+            top = if top > 0.0 { beta * top } else { 0.0 };
+        }
+        let new = m.max(top);
+        let keep = (m - new).exp();
+        let p: Vec<f32> = s.iter().map(|x| (x - new).exp()).collect();
+        l = l * keep + p.iter().sum::<f32>();
+        for (c, o) in out.iter_mut().enumerate() {
+            let product: f32 = p.iter().zip(v.chunks(dv)).map(|(p, v)| round(*p) * v[c]).sum();
+            *o = round(*o * keep + round(product));
+        }
+        m = new;
+    }
+    out.iter_mut().for_each(|o| *o /= l);
+    out
+}
+
 /// Linear layer in f64: x (m, k) · wᵀ (n, k) + bias → (m, n).
 pub fn linear(x: &[f64], w: &[f64], bias: Option<&[f64]>, [m, n, k]: [usize; 3]) -> Vec<f64> {
     let dot = |i: usize, j: usize| (0..k).map(|c| x[i * k + c] * w[j * k + c]).sum::<f64>();

@@ -181,6 +181,8 @@ pub(super) struct Visit {
     pub(super) c: f32,
     /// With a sigmoid its bias times log₂ e; then `m` and `l` are not touched.
     sigmoid: Option<f32>,
+    /// Factor on a repeated maximum, or 0.
+    beta: f32,
     /// Room for KEYS rows of `w` f32: scores, then weights.
     pub(super) s: *mut f32,
     /// Oᵀ: 16 · dv_tiles rows of `w`.
@@ -254,6 +256,9 @@ unsafe fn references<const NV: usize>(t: &Visit) {
     let mut rose = 0;
     for v in 0..NV {
         top[v] = _mm512_max_ps(top[v], odd[v]);
+        if t.beta != 0.0 {
+            top[v] = _mm512_max_ps(old[v], without_ones::<NV>(t, v));
+        }
         rose |= _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(top[v], old[v]);
         _mm512_storeu_ps(t.m.add(v * 16), top[v]);
         corr[v] = exp2(_mm512_mul_ps(_mm512_sub_ps(old[v], top[v]), c), 0.0);
@@ -273,10 +278,38 @@ unsafe fn references<const NV: usize>(t: &Visit) {
     }
 }
 
+/// Maxima of the scores of vector `v`, moved where they are repeated: see [`Attend::repeated_max`](super::Attend).
+#[inline(always)]
+unsafe fn without_ones<const NV: usize>(t: &Visit, v: usize) -> __m512 {
+    let score = |j: usize| _mm512_loadu_ps(t.s.add((j * NV + v) * 16));
+    let mut top = _mm512_set1_ps(NO_MAX);
+    for j in 0..t.nk {
+        top = _mm512_max_ps(top, score(j));
+    }
+    // Weights so near to 1 are 1 in bf16.
+    let near = _mm512_sub_ps(top, _mm512_set1_ps(1e-3 * LOG2_E / t.c));
+    let (mut once, mut twice) = (0u16, 0u16);
+    for j in 0..t.nk {
+        let here = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(score(j), near);
+        twice |= once & here;
+        once |= here;
+    }
+    let positive = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(top, _mm512_setzero_ps());
+    let factor = _mm512_mask_blend_ps(positive, _mm512_set1_ps(-1.0), _mm512_set1_ps(t.beta - 1.0));
+    // In natural units; what would leave nothing of the weights is taken into 4..8.
+    let shift = _mm512_mul_ps(_mm512_mul_ps(top, factor), _mm512_set1_ps(t.c / LOG2_E));
+    let part =
+        _mm512_reduce_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(_mm512_mul_ps(shift, _mm512_set1_ps(0.25)));
+    let within = _mm512_fmadd_ps(part, _mm512_set1_ps(4.0), _mm512_set1_ps(4.0));
+    let far = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(shift, _mm512_set1_ps(8.0));
+    let shift = _mm512_mul_ps(_mm512_mask_blend_ps(far, shift, within), _mm512_set1_ps(LOG2_E / t.c));
+    _mm512_mask_add_ps(top, twice, top, shift)
+}
+
 /// Whether `weights` can serve a visit: see the head of this file.
 #[inline(always)]
 unsafe fn bounded<const NV: usize>(t: &Visit) -> bool {
-    if t.squash != 0.0 || !t.bias.is_null() {
+    if t.squash != 0.0 || !t.bias.is_null() || t.beta != 0.0 {
         return false;
     }
     let mut fits = 0xffff;
@@ -476,24 +509,15 @@ pub(super) unsafe fn pack_values(rows: &[*const u16], dv: usize, to: *mut u8) {
 }
 
 /// Euclidean length of a row, rounding included: no shorter than it is; ∞ if it is not a number.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn length(row: &[bf16]) -> f32 {
-    // Sums of 16 lanes, so that the compiler need not keep the order of a single one.
-    let (whole, rest) = row.as_chunks::<16>();
-    let mut sums = [0f32; 16];
-    for chunk in whole {
-        for (sum, x) in sums.iter_mut().zip(chunk) {
-            let x = f32::from_bits(u32::from(x.to_bits()) << 16);
-            *sum += x * x;
-        }
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn length(row: &[bf16]) -> f32 {
+    let mut sums = _mm512_setzero_ps();
+    for part in row.chunks(32) {
+        let x = _mm512_maskz_loadu_epi16(u32::MAX >> (32 - part.len()), part.as_ptr().cast());
+        let x = std::mem::transmute::<__m512i, __m512bh>(x);
+        sums = _mm512_dpbf16_ps(sums, x, x);
     }
-    let rest: f32 = rest.iter().map(|x| x.to_f32() * x.to_f32()).sum();
-    for half in [8, 4, 2, 1] {
-        for i in 0..half {
-            sums[i] += sums[i + half];
-        }
-    }
-    let sum = rest + sums[0];
+    let sum = _mm512_reduce_add_ps(sums);
     if sum.is_nan() { f32::INFINITY } else { sum.sqrt() * 1.000_1 }
 }
 
@@ -703,6 +727,7 @@ impl Call<'_, bf16> {
                     bias,
                     c,
                     sigmoid: self.scope.p.normalizer.sigmoid().map(|b| b * LOG2_E),
+                    beta: self.scope.p.repeated_max.unwrap_or(0.0),
                     s: scores,
                     o: o.add(i * dv_rows),
                     m: stat.add(i),

@@ -87,6 +87,13 @@ pub struct Attend<'a> {
     pub sinks: Option<&'a [f32]>,
     /// Added to scores.
     pub bias: Option<Bias<'a>>,
+    /// Factor β > 1 (2 to 8) that keeps weights before their division from being exactly 1 where a row's maximum is
+    /// repeated: the reference it is measured against becomes β times it, or 0 if it is negative. Sums of values
+    /// with weights of 1, rounded to bf16, err to one side (Qiu and Yao 2025, arXiv 2510.04212; β is 2 in their
+    /// code, which also calls scores within 1e-3 of the maximum repeated). Here only weights are bf16 and sums are
+    /// f32, so there is no such error to mend; where weights are f32, too, this does nothing. Shifts of over 8 are
+    /// taken into 4..8, where the source would underflow.
+    pub repeated_max: Option<f32>,
     /// How scores become weights.
     pub normalizer: Normalizer,
     /// Visit only these blocks; one table a (batch, query head), in a ragged batch a (sequence, query head), whose
@@ -108,6 +115,7 @@ impl<'a> Attend<'a> {
             softcap: None,
             sinks: None,
             bias: None,
+            repeated_max: None,
             normalizer: Normalizer::Softmax,
             table: None,
             cu_seqlens: None,

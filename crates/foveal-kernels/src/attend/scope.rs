@@ -126,6 +126,16 @@ impl<'a> Scope<'a> {
                 remedy: "use a positive cap, or none".into(),
             });
         }
+        if let Some(beta) = p.repeated_max
+            && !(beta > 1.0 && beta.is_finite())
+        {
+            return Err(KernelError::Param {
+                op,
+                name: "repeated_max",
+                value: beta.to_string(),
+                remedy: "use a factor above 1, as 2, or none".into(),
+            });
+        }
         let [b, h, ..] = q;
         if let (Some(_), Some(s)) = (p.normalizer.sigmoid(), p.sinks) {
             return Err(KernelError::Param {
