@@ -96,7 +96,7 @@ pub struct ChoiceArgs {
     /// Cache policy, for example think:ratio=0.5 [default: everything kept]
     #[arg(long, value_name = "SYSTEM", value_parser = spec)]
     pub cache: Option<Spec>,
-    /// Storage of keys and values: f32, bf16 or int8 [default: bf16]
+    /// Storage of keys and values: f32, bf16, int8 or int4 [default: bf16]
     #[arg(long, value_name = "TYPE", value_parser = kv_dtype)]
     pub kv_dtype: Option<KvDtype>,
 }
@@ -140,7 +140,7 @@ pub struct CompareArgs {
     /// Text to read, UTF-8 [default: the King James Bible, fetched once]
     #[arg(long, value_name = "FILE")]
     pub text: Option<PathBuf>,
-    /// Storage of keys and values: f32, bf16 or int8
+    /// Storage of keys and values: f32, bf16, int8 or int4
     #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = kv_dtype)]
     pub kv_dtype: KvDtype,
     /// Prefix of the report files

@@ -13,6 +13,8 @@ pub(crate) enum Reason {
     AttendFewQueries = 2,
     /// Linear layers in int8 want AVX-512 VNNI and finite inputs.
     LinearInteger = 4,
+    /// Decode on AMX tiles splits finite numbers, and int8 wants the byte products of AMX.
+    DecodeTiles = 32,
 }
 
 impl Reason {
@@ -28,6 +30,10 @@ impl Reason {
             }
             Reason::LinearInteger => {
                 "an int8 linear layer runs on floating point: the integer path needs AVX-512 VNNI and finite inputs"
+            }
+            Reason::DecodeTiles => {
+                "decode over a bf16 or int8 store runs on vectors, not on AMX tiles, which need finite queries and \
+                 scales, and AMX-INT8 for int8"
             }
         }
     }

@@ -7,7 +7,7 @@
 //! name = "sparse prompt, narrow keys"
 //! prefill = "xattention:threshold=0.9"   # default "flashattention-2": exact
 //! cache = "think:ratio=0.5"              # default "flashattention-2": everything kept
-//! kv_dtype = "bf16"                      # f32, bf16 or int8
+//! kv_dtype = "bf16"                      # f32, bf16, int8 or int4
 //!
 //! [[rule]]                               # later rules win
 //! layers = [0, 1]
@@ -393,7 +393,7 @@ mod tests {
         assert!(error("version = 2").contains("version = 2 is not supported"));
         assert!(error("version = 1\nprefil = \"x\"").contains("did you mean \"prefill\""));
         assert!(error("version = 1\nprefill = 3").contains("prefill = 3 must be a string"));
-        assert!(error("version = 1\nkv_dtype = \"f16\"").contains("use f32, bf16 or int8"));
+        assert!(error("version = 1\nkv_dtype = \"f16\"").contains("use f32, bf16, int8 or int4"));
         assert!(error("version = 1\n[[rule]]\nlayers = [-1]\nprefill = \"a\"").contains("-1 is no number"));
         assert!(error("version = 1\n[[rule]]\nlayer = [1]").contains("did you mean \"layers\""));
         assert!(error("version = 1\n[[rule]]\nlayers = [1]").contains("changes nothing"));
@@ -455,10 +455,10 @@ mod tests {
             name in any::<String>(),
             prefill in arb_spec(),
             cache in arb_spec(),
-            dtype in 0usize..3,
+            dtype in 0usize..4,
             rules in proptest::collection::vec(arb_rule(), 0..5),
         ) {
-            let kv_dtype = [KvDtype::F32, KvDtype::Bf16, KvDtype::Int8][dtype];
+            let kv_dtype = [KvDtype::F32, KvDtype::Bf16, KvDtype::Int8, KvDtype::Int4][dtype];
             let plan = Plan { version: VERSION, name, prefill, cache, kv_dtype, rules };
             prop_assert_eq!(Plan::parse(&plan.to_toml()).unwrap(), plan);
         }

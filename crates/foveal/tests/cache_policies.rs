@@ -110,7 +110,7 @@ fn later_tokens_change_nothing_before() {
 
 #[test]
 fn bytes_are_as_declared() {
-    for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::Int8] {
+    for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::Int8, KvDtype::Int4] {
         for len in [0usize, 1, 30, 230] {
             let (mut ctx, t) = layer(D, 230, 9, true, false);
             ctx.dtype = dtype;
@@ -150,7 +150,7 @@ fn lower_precision_stays_near() {
     for spec in ["think:ratio=0", "loki:topk=1", "tokenselect", "alisa:ratio=1", "palu:rank_ratio=1"] {
         let want = exact(&ctx, &t, 60);
         let norm = want.iter().map(|x| x * x).sum::<f32>().sqrt();
-        for (dtype, limit) in [(KvDtype::Bf16, 0.02), (KvDtype::Int8, 0.05)] {
+        for (dtype, limit) in [(KvDtype::Bf16, 0.02), (KvDtype::Int8, 0.05), (KvDtype::Int4, 0.25)] {
             let ctx = CacheCtx { dtype, ..ctx.clone() };
             for sizes in [&[1usize][..], &[45]] {
                 let got = run(&*policy(spec), &ctx, &t, 60, sizes);

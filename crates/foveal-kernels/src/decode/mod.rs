@@ -1,96 +1,30 @@
-//! Few queries over a long, possibly compressed, key/value store.
+//! Few queries over long, possibly compressed, key/value stores.
 //!
 //! Each K/V head is a list of segments (pages, or an old part and a recent part). A segment
-//! stores rows in one codec and, for keys, possibly only some channels. Work is cut into
-//! (K/V head, span of keys) of about equal length, however ragged the heads, and the parts are
+//! stores rows in one codec and, for keys, possibly only some channels. The work of all heads of all
+//! sequences is cut into parts of equal size, however ragged they are (`plan`), and the parts are
 //! merged by log-sum-exp; all query heads of a group share each row read. Codecs are
-//! decoded in registers.
+//! decoded in registers; where there are AMX tiles, bf16 and int8 rows are multiplied as they lie (`tiles`).
 
 mod block;
+mod codec;
+mod plan;
+mod tiles;
 mod vector;
+mod walk;
+
+pub use codec::{Codec, INT4_GROUP, INT4_GROUP_BYTES, int4_row_bytes, pack_int4};
 
 use crate::error::{KernelError, Result, same};
 use crate::isa::Isa;
 use crate::merge::merge_row;
 use crate::table::KeyLists;
 use crate::work::Work;
-use block::{BLOCK, Queries, Running, Step};
-use half::bf16;
+use block::{BLOCK, Block, Queries, Running, Step};
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::OnceLock;
-
-/// Rows of one K/V head in one codec. `width` elements a row, `stride` elements from row to row.
-#[derive(Clone, Copy, Debug)]
-pub enum Codec<'a> {
-    /// f32 rows.
-    F32 {
-        /// Elements.
-        data: &'a [f32],
-        /// Elements from row to row.
-        stride: usize,
-    },
-    /// bf16 rows.
-    Bf16 {
-        /// Elements.
-        data: &'a [bf16],
-        /// Elements from row to row.
-        stride: usize,
-    },
-    /// int8 rows with one f32 scale a row: x ≈ scale · q.
-    Int8 {
-        /// Elements.
-        data: &'a [i8],
-        /// Elements from row to row.
-        stride: usize,
-        /// One scale a row.
-        scales: &'a [f32],
-    },
-}
-
-impl Codec<'_> {
-    /// Bytes of one stored row of `width` elements.
-    pub fn row_bytes(&self, width: usize) -> usize {
-        match self {
-            Codec::F32 { .. } => 4 * width,
-            Codec::Bf16 { .. } => 2 * width,
-            Codec::Int8 { .. } => width + 4,
-        }
-    }
-
-    /// Rows that the memory can hold at this width.
-    fn capacity(&self, width: usize) -> usize {
-        let rows = |len: usize, stride: usize| match (len >= width, stride) {
-            (false, _) => 0,
-            (true, 0) => 1,
-            (true, s) => (len - width) / s + 1,
-        };
-        match self {
-            Codec::F32 { data, stride } => rows(data.len(), *stride),
-            Codec::Bf16 { data, stride } => rows(data.len(), *stride),
-            Codec::Int8 { data, stride, scales } => rows(data.len(), *stride).min(scales.len()),
-        }
-    }
-
-    /// Decode row `j` into `out`.
-    #[inline]
-    pub fn row(&self, j: usize, out: &mut [f32]) {
-        let w = out.len();
-        match self {
-            Codec::F32 { data, stride } => out.copy_from_slice(&data[j * stride..j * stride + w]),
-            Codec::Bf16 { data, stride } => {
-                for (o, x) in out.iter_mut().zip(&data[j * stride..j * stride + w]) {
-                    *o = x.to_f32();
-                }
-            }
-            Codec::Int8 { data, stride, scales } => {
-                for (o, x) in out.iter_mut().zip(&data[j * stride..j * stride + w]) {
-                    *o = f32::from(*x) * scales[j];
-                }
-            }
-        }
-    }
-}
+use walk::{Head, Keys, Walk};
 
 /// Consecutive tokens of one K/V head.
 #[derive(Clone, Copy, Debug)]
@@ -103,6 +37,50 @@ pub struct Segment<'a> {
     pub len: usize,
     /// The head channels that the keys hold, ascending; `None` = all.
     pub channels: Option<&'a [u32]>,
+}
+
+impl<'a> Segment<'a> {
+    /// Latent rows from which all heads read both keys and values (multi-head latent attention, DeepSeek-AI 2024,
+    /// "DeepSeek-V2", arXiv 2405.04434, section 2.1): row j is (c_j, k^R_j), the compressed latent and the
+    /// rotated key that all heads share, and K/V head 0 is the only one.
+    ///
+    /// There k_j = (W^UK c_j, k^R_j) and v_j = W^UV c_j in each head. Since q · W^UK c = (W^UKᵀ q) · c, the caller
+    /// absorbs the up-projections: head i asks with (W^UKᵀ_i q_i, q^R_i), which is as wide as a row,
+    ///
+    /// s_ij = scale · ((W^UKᵀ_i q_i) · c_j + q^R_i · k^R_j), u_i = Σ_j softmax(s_i)_j c_j,
+    ///
+    /// with scale = 1/√(width of q_i + width of q^R_i) as before absorbing, `v_dim` = the width of c, and
+    /// o_i = W^UV_i u_i is left to the caller. A row is read once for both, and its bytes count once.
+    pub fn latent(rows: Codec<'a>, len: usize) -> Self {
+        Segment { k: rows, v: rows, len, channels: None }
+    }
+
+    /// Bytes of a token: what keys and values share counts once.
+    fn token_bytes(&self, width: usize, v_dim: usize) -> usize {
+        let (k, v) = (self.k.row_bytes(width), self.v.row_bytes(v_dim));
+        if self.k.is(&self.v) { k.max(v) } else { k + v }
+    }
+
+    fn width(&self, head_dim: usize) -> usize {
+        self.channels.map_or(head_dim, <[u32]>::len)
+    }
+}
+
+/// One sequence of a ragged batch.
+#[derive(Debug)]
+pub struct Sequence<'a> {
+    /// Queries (H, n, D contiguous).
+    pub q: &'a [f32],
+    /// Queries of each head.
+    pub n: usize,
+    /// Segments of each K/V head.
+    pub kv: &'a [Vec<Segment<'a>>],
+    /// Key lists, as of [`Decode::run`].
+    pub select: Option<&'a KeyLists>,
+    /// Where the output goes (H, n, v_dim).
+    pub out: &'a mut [f32],
+    /// Where the log-sum-exp goes (H, n).
+    pub lse: &'a mut [f32],
 }
 
 /// One decode call. See [`Decode::run`].
@@ -128,7 +106,10 @@ impl Decode {
     /// `lse` (H, n).
     ///
     /// The work counts each K and V row once for all the queries that share it: the queries of a
-    /// group of heads, or those among them with equal lists.
+    /// group of heads, or those among them with equal lists. `fallback` counts what AMX tiles could not do.
+    ///
+    /// Errors: heads that are no multiple of the K/V heads; slices or lists that do not fit the shape; a segment that
+    /// claims more tokens than its rows; channels beyond D. Nothing was written then.
     pub fn run(
         &self,
         q: &[f32],
@@ -139,23 +120,81 @@ impl Decode {
         out: &mut [f32],
         lse: &mut [f32],
     ) -> Result<Work> {
-        let hkv = kv.len();
+        self.run_batch(&mut [Sequence { q, n, kv, select, out, lse }], [h, d, v_dim])
+    }
+
+    /// [`Decode::run`] over sequences of different lengths and stores at once, all with `h` query heads of width
+    /// `d` and values of `v_dim`. The work of all is cut into parts of equal size, so that one long
+    /// sequence among short ones keeps no thread waiting. The answer does not depend on the number of threads.
+    ///
+    /// Errors: as of [`Decode::run`], for any sequence; nothing was written then.
+    pub fn run_batch(&self, sequences: &mut [Sequence], [h, d, v_dim]: [usize; 3]) -> Result<Work> {
+        for s in &*sequences {
+            self.check(s, [h, d, v_dim])?;
+        }
+        let isa = self.isa.min(Isa::detect());
+        let mut problem = Problem { d, v_dim, call: self, isa, heads: Vec::new(), jobs: Vec::new() };
+        for (at, s) in sequences.iter().enumerate() {
+            problem.add(at, s, h);
+        }
+        let mut work = Work::default();
+        let mut costs = Vec::with_capacity(problem.jobs.len());
+        for job in &problem.jobs {
+            let w = problem.work(job);
+            // A byte and 16 operations take about the same time.
+            costs.push((job.keys.len(), (w.bytes + w.flops / 16) / job.keys.len().max(1) as u64));
+            work += w;
+        }
+        let shares = plan::shares(&costs);
+        let run = |pieces: &Vec<plan::Piece>| {
+            tiles::State::with(|tiles| {
+                let piece = |(job, range): &plan::Piece| problem.piece(&problem.jobs[*job], range.clone(), tiles);
+                pieces.iter().map(piece).collect()
+            })
+        };
+        let results: Vec<Vec<Running>> = match &shares[..] {
+            [one] => vec![run(one)],
+            many => many.par_iter().with_max_len(1).map(run).collect(),
+        };
+        let places: Vec<(usize, Vec<usize>)> = problem.jobs.into_iter().map(|j| (j.sequence, j.rows)).collect();
+        for s in &mut *sequences {
+            s.out.fill(0.0);
+            s.lse.fill(f32::NEG_INFINITY);
+        }
+        let mut o = vec![0f32; v_dim];
+        for ((job, _), part) in shares.iter().flatten().zip(results.iter().flatten()) {
+            let (at, rows) = &places[*job];
+            let s = &mut sequences[*at];
+            for (i, &r) in rows.iter().enumerate() {
+                let l = part.finish(i, &mut o);
+                merge_row(&mut s.out[r * v_dim..(r + 1) * v_dim], &mut s.lse[r], &o, l);
+            }
+            work.fallback += part.fallback;
+        }
+        Ok(work)
+    }
+
+    fn check(&self, s: &Sequence, [h, d, v_dim]: [usize; 3]) -> Result<()> {
+        let (n, hkv) = (s.n, s.kv.len());
         if hkv == 0 || !h.is_multiple_of(hkv) {
             return Err(KernelError::Groups { op: "decode", heads: h, kv_heads: hkv });
         }
         let need = |name, have, want| same("decode", "elements", name, have, "heads*queries*width", want);
-        need("q", q.len(), h * n * d)?;
-        need("out", out.len(), h * n * v_dim)?;
-        need("lse", lse.len(), h * n)?;
-        for segs in kv {
-            for s in segs {
-                let kw = s.channels.map_or(d, <[u32]>::len);
-                if s.k.capacity(kw) < s.len || s.v.capacity(v_dim) < s.len || s.len > u32::MAX as usize {
-                    return Err(too_long("decode", s.len));
+        need("q", s.q.len(), h * n * d)?;
+        need("out", s.out.len(), h * n * v_dim)?;
+        need("lse", s.lse.len(), h * n)?;
+        // Pages of one head mostly share their channels, which are then looked at once.
+        let mut good: Option<&[u32]> = None;
+        for s in s.kv.iter().flatten() {
+            for (rows, what, width) in [(&s.k, "keys", s.width(d)), (&s.v, "values", v_dim)] {
+                if !rows.holds(s.len, width) || s.len > u32::MAX as usize {
+                    return Err(too_long("decode", what, s.len, width));
                 }
-                if let Some(c) = s.channels
-                    && c.iter().any(|&c| c as usize >= d)
-                {
+            }
+            if let Some(c) = s.channels
+                && !good.is_some_and(|g| std::ptr::eq(g, c))
+            {
+                if c.iter().any(|&c| c as usize >= d) {
                     return Err(KernelError::Param {
                         op: "decode",
                         name: "channels",
@@ -163,89 +202,25 @@ impl Decode {
                         remedy: format!("channel numbers must be below head_dim {d}"),
                     });
                 }
+                good = Some(c);
             }
         }
-        if let Some(lists) = select {
+        if let Some(lists) = s.select {
             same("decode", "heads", "key lists", lists.heads.len(), "q", h)?;
             for (hi, l) in lists.heads.iter().enumerate() {
-                l.check(n, tokens(&kv[hi / (h / hkv)]))?;
+                l.check(n, s.kv[hi / (h / hkv)].iter().map(|s| s.len).sum())?;
             }
         }
-        out.fill(0.0);
-        lse.fill(f32::NEG_INFINITY);
-        let problem = Problem { q, n, d, kv, v_dim, call: self, isa: self.isa.min(Isa::detect()) };
-        let jobs = problem.jobs(h, select);
-        let mut work = Work::default();
-        let mut parts = Vec::new();
-        let total: usize = jobs.iter().map(|j| j.keys.len()).sum();
-        // By the problem alone, not the number of threads, so that the answer is too.
-        let span = total.div_ceil(64).max(MIN_SPAN);
-        for (at, job) in jobs.iter().enumerate() {
-            work += problem.work(job);
-            let pieces = job.keys.len().div_ceil(span);
-            let step = job.keys.len().div_ceil(pieces.max(1)).next_multiple_of(BLOCK);
-            parts.extend((0..pieces).map(|p| (at, p * step..((p + 1) * step).min(job.keys.len()))));
-        }
-        let run = |(at, range): &(usize, Range<usize>)| problem.part(&jobs[*at], range.clone());
-        let results: Vec<Running> = if parts.len() > 1 && work.bytes >= PARALLEL_BYTES {
-            parts.par_iter().with_max_len(1).map(run).collect()
-        } else {
-            parts.iter().map(run).collect()
-        };
-        let mut o = vec![0f32; v_dim];
-        for ((at, _), part) in parts.iter().zip(&results) {
-            for (i, &r) in jobs[*at].rows.iter().enumerate() {
-                let l = part.finish(i, &mut o);
-                merge_row(&mut out[r * v_dim..(r + 1) * v_dim], &mut lse[r], &o, l);
-            }
-        }
-        Ok(work)
-    }
-}
-
-/// Fewest keys worth a part of their own.
-const MIN_SPAN: usize = 512;
-/// Bytes of K and V under which a call stays on its thread.
-const PARALLEL_BYTES: u64 = 128 << 10;
-
-/// Tokens of a K/V head.
-fn tokens(segments: &[Segment]) -> usize {
-    segments.iter().map(|s| s.len).sum()
-}
-
-/// Keys that a job visits.
-enum Keys<'a> {
-    /// The first so many.
-    First(usize),
-    /// These.
-    Listed(&'a [u32]),
-}
-
-impl Keys<'_> {
-    fn len(&self) -> usize {
-        match self {
-            Keys::First(n) => *n,
-            Keys::Listed(l) => l.len(),
-        }
-    }
-
-    /// Of the visited keys numbered `range`, those in tokens `base..base + len`.
-    fn inside(&self, range: &Range<usize>, base: usize, len: usize) -> Range<usize> {
-        let (a, b) = match self {
-            Keys::First(_) => (base, base + len),
-            Keys::Listed(l) => {
-                let before = |token: usize| l.partition_point(|&k| (k as usize) < token);
-                (before(base), before(base + len))
-            }
-        };
-        let a = a.clamp(range.start, range.end);
-        a..b.clamp(a, range.end)
+        Ok(())
     }
 }
 
 /// Query rows of one K/V head that visit the same keys.
 struct Job<'a> {
-    kv_head: usize,
+    sequence: usize,
+    q: &'a [f32],
+    /// Number of the K/V head among those of all sequences.
+    head: usize,
     /// Rows of q.
     rows: Vec<usize>,
     /// Tokens that each row may see, by causality.
@@ -255,40 +230,40 @@ struct Job<'a> {
     queries: OnceLock<Queries>,
 }
 
-impl<'a> Job<'a> {
-    fn new(kv_head: usize, keys: Keys<'a>) -> Self {
-        Self { kv_head, rows: vec![], visible: vec![], keys, queries: OnceLock::new() }
-    }
-}
-
 /// A checked call.
 struct Problem<'a> {
-    q: &'a [f32],
-    n: usize,
     d: usize,
-    kv: &'a [Vec<Segment<'a>>],
     v_dim: usize,
     call: &'a Decode,
     isa: Isa,
+    heads: Vec<Head<'a>>,
+    jobs: Vec<Job<'a>>,
 }
 
 impl<'a> Problem<'a> {
-    fn jobs<'l>(&self, h: usize, select: Option<&'l KeyLists>) -> Vec<Job<'l>> {
-        let (n, group) = (self.n, h / self.kv.len());
-        let mut jobs: Vec<Job> = Vec::new();
-        for (kv_head, segments) in self.kv.iter().enumerate() {
-            let total = tokens(segments);
+    fn add(&mut self, sequence: usize, s: &Sequence<'a>, h: usize) {
+        let (q, n, kv, select) = (s.q, s.n, s.kv, s.select);
+        let group = h / kv.len();
+        let new = |head, keys| {
+            let (rows, visible) = (vec![], vec![]);
+            Job { sequence, q, head, rows, visible, keys, queries: OnceLock::new() }
+        };
+        for (kv_head, segments) in kv.iter().enumerate() {
+            let head = self.heads.len();
+            self.heads.push(Head::new(segments));
+            let total = self.heads[head].tokens;
             let visible = |i: usize| (total + i + 1).saturating_sub(n).min(total);
             let heads = kv_head * group..(kv_head + 1) * group;
             let Some(lists) = select else {
                 if n > 0 {
-                    let mut job = Job::new(kv_head, Keys::First(total));
+                    let mut job = new(head, Keys::First(total));
                     job.rows.extend(heads.flat_map(|hi| hi * n..(hi + 1) * n));
                     job.visible.extend(job.rows.iter().map(|r| visible(r % n)));
-                    jobs.push(job);
+                    self.jobs.push(job);
                 }
                 continue;
             };
+            let jobs = &mut self.jobs;
             let first = jobs.len();
             for hi in heads {
                 let list = &lists.heads[hi];
@@ -302,7 +277,7 @@ impl<'a> Problem<'a> {
                     let job = match same {
                         Some(job) => job,
                         None => {
-                            jobs.push(Job::new(kv_head, Keys::Listed(row)));
+                            jobs.push(new(head, Keys::Listed(row)));
                             let last = jobs.len() - 1;
                             &mut jobs[last]
                         }
@@ -312,95 +287,73 @@ impl<'a> Problem<'a> {
                 }
             }
         }
-        jobs
     }
 
     fn work(&self, job: &Job) -> Work {
         let mut work = Work::default();
-        let all = 0..job.keys.len();
-        let mut base = 0;
-        for s in &self.kv[job.kv_head] {
-            let keys = job.keys.inside(&all, base, s.len).len();
-            base += s.len;
-            if keys > 0 {
-                let width = s.channels.map_or(self.d, <[u32]>::len);
-                let pairs = (keys * job.rows.len()) as u64;
-                work += Work {
-                    flops: 2 * (width + self.v_dim) as u64 * pairs,
-                    bytes: (keys * (s.k.row_bytes(width) + s.v.row_bytes(self.v_dim))) as u64,
-                    tiles: 1,
-                    pairs,
-                    fallback: 0,
-                };
-            }
-        }
+        let head = &self.heads[job.head];
+        job.keys.visit(head, |s, keys| {
+            let width = s.width(self.d);
+            let pairs = (keys * job.rows.len()) as u64;
+            work += Work {
+                flops: 2 * (width + self.v_dim) as u64 * pairs,
+                bytes: (keys * s.token_bytes(width, self.v_dim)) as u64,
+                tiles: 1,
+                pairs,
+                fallback: 0,
+            };
+        });
         work
     }
 
     /// The visited keys numbered `range` of one job.
-    fn part(&self, job: &Job, range: Range<usize>) -> Running {
+    fn piece(&self, job: &Job, range: Range<usize>, tiles: &mut tiles::State) -> Running {
         let mut run = Running::new(job.rows.len(), self.v_dim);
-        let segments = &self.kv[job.kv_head];
+        let mut walk = Walk::new(&self.heads[job.head], &job.keys, range);
         let mut pruned: Option<(&[u32], Queries)> = None;
         let mut seen = vec![0usize; job.rows.len()];
-        let mut base = 0;
-        for s in segments {
-            let inside = job.keys.inside(&range, base, s.len);
-            for from in inside.clone().step_by(BLOCK) {
-                let block = from..(from + BLOCK).min(inside.end);
-                let mut at = [0u32; BLOCK];
-                let at = &mut at[..block.len()];
-                match job.keys {
-                    Keys::First(_) => {
-                        for (at, token) in at.iter_mut().zip((block.start - base) as u32..) {
-                            *at = token;
-                        }
-                    }
-                    Keys::Listed(l) => {
-                        for (at, &token) in at.iter_mut().zip(&l[block]) {
-                            *at = token - base as u32;
-                        }
-                    }
+        let mut blocks = [Block::new(), Block::new()];
+        let mut now = walk.fill(&mut blocks[0]);
+        while let Some(here) = now {
+            // One block ahead, so that its rows are fetched while this one is computed.
+            let (block, ahead) = {
+                let [a, b] = &mut blocks;
+                if here.even { (&*a, b) } else { (&*b, a) }
+            };
+            now = walk.fill(ahead);
+            let next = if now.is_some() { &*ahead } else { block };
+            job.keys.seen(&here.keys, &job.visible, &mut seen);
+            let queries = match here.channels {
+                None => job.queries.get_or_init(|| self.gather(job, None)),
+                Some(channels) => {
+                    let ready = pruned.take().filter(|(have, _)| *have == channels);
+                    let fresh = || (channels, self.gather(job, here.channels));
+                    &pruned.insert(ready.unwrap_or_else(fresh)).1
                 }
-                let last = base + at[at.len() - 1] as usize;
-                for (seen, &visible) in seen.iter_mut().zip(&job.visible) {
-                    *seen =
-                        if last < visible { at.len() } else { at.partition_point(|&j| base + (j as usize) < visible) };
-                }
-                let queries = match s.channels {
-                    None => job.queries.get_or_init(|| self.gather(&job.rows, None)),
-                    Some(channels) => {
-                        let ready = pruned.take().filter(|(have, _)| std::ptr::eq(*have, channels));
-                        let fresh = || (channels, self.gather(&job.rows, s.channels));
-                        &pruned.insert(ready.unwrap_or_else(fresh)).1
-                    }
-                };
-                let step = Step {
-                    queries,
-                    keys: s.k,
-                    values: s.v,
-                    at,
-                    seen: &seen,
-                    scale: self.call.scale,
-                    softcap: self.call.softcap,
-                };
-                // SAFETY: `isa` was lowered to the machine's; `Decode::run` checked that each segment
-                // holds `len` rows of its widths, and `inside` keeps `at` below `len`.
-                unsafe { block::step(self.isa, &step, &mut run) };
-            }
-            base += s.len;
+            };
+            let (scale, softcap) = (self.call.scale, self.call.softcap);
+            let step = Step { queries, block, next, seen: &seen, scale, softcap };
+            // SAFETY: `isa` was lowered to the machine's; `Decode::check` found that each segment holds `len`
+            // rows of its widths, and the walk stays below `len`.
+            unsafe { block::step(self.isa, &step, &mut run, tiles) };
         }
         run
     }
 
-    /// The channels of some rows of q that a segment's keys hold.
-    fn gather(&self, rows: &[usize], channels: Option<&[u32]>) -> Queries {
+    /// The channels of a job's rows of q that a segment's keys hold.
+    fn gather(&self, job: &Job, channels: Option<&[u32]>) -> Queries {
+        let (rows, q) = (&job.rows, job.q);
         match channels {
-            None => Queries::new(rows.len(), self.d, |r, c| self.q[rows[r] * self.d + c]),
-            Some(ch) => Queries::new(rows.len(), ch.len(), |r, c| self.q[rows[r] * self.d + ch[c] as usize]),
+            None => Queries::new(rows.len(), self.d, |r, c| q[rows[r] * self.d + c]),
+            Some(ch) => Queries::new(rows.len(), ch.len(), |r, c| q[rows[r] * self.d + ch[c] as usize]),
         }
     }
 }
+
+/// Keys to a part of [`key_scores`].
+const MIN_SPAN: usize = 512;
+/// Bytes of keys under which [`key_scores`] stays on its thread.
+const PARALLEL_BYTES: u64 = 128 << 10;
 
 /// Output of the score workers, which write disjoint columns.
 #[derive(Clone, Copy)]
@@ -421,8 +374,8 @@ impl Columns {
 pub fn key_scores(q: &[f32], q_width: usize, keys: Codec, len: usize, out: &mut [f32], isa: Isa) -> Result<Work> {
     let rows = q.len() / q_width.max(1);
     same("key_scores", "rows*len", "out", out.len(), "q and keys", rows.saturating_mul(len))?;
-    if keys.capacity(q_width) < len || len > u32::MAX as usize {
-        return Err(too_long("key_scores", len));
+    if !keys.holds(len, q_width) || len > u32::MAX as usize {
+        return Err(too_long("key_scores", "keys", len, q_width));
     }
     let isa = isa.min(Isa::detect());
     let queries = Queries::new(rows, q_width, |r, c| q[r * q_width + c]);
@@ -431,12 +384,24 @@ pub fn key_scores(q: &[f32], q_width: usize, keys: Codec, len: usize, out: &mut 
         bytes: (len * keys.row_bytes(q_width)) as u64,
         ..Work::default()
     };
+    let segments = [Segment { k: keys, v: keys, len, channels: None }];
+    let (head, all) = (Head::new(&segments), Keys::First(len));
     let dst = Columns(out.as_mut_ptr());
     let span = |from: usize| {
-        let count = MIN_SPAN.min(len - from);
-        // SAFETY: the machine has `isa`; capacity and the size of `out` were checked above; spans are
-        // disjoint.
-        unsafe { block::raw(isa, &queries, &keys, from, count, dst.at(from), len) };
+        let mut scores = vec![0f32; rows.next_multiple_of(4) * BLOCK];
+        let mut block = Block::new();
+        let mut walk = Walk::new(&head, &all, from..len.min(from + MIN_SPAN));
+        while let Some(here) = walk.fill(&mut block) {
+            // SAFETY: the machine has `isa`; the rows and the size of `out` were checked above; spans are
+            // disjoint.
+            unsafe {
+                tiles::State::with(|tiles| block::raw(isa, &queries, &block, &mut scores, tiles));
+                for r in 0..rows {
+                    let dst = dst.at(r * len + here.keys.start);
+                    std::ptr::copy_nonoverlapping(scores.as_ptr().add(r * BLOCK), dst, here.keys.len());
+                }
+            }
+        }
     };
     if rows > 0 {
         let spans = len.div_ceil(MIN_SPAN);
@@ -450,11 +415,11 @@ pub fn key_scores(q: &[f32], q_width: usize, keys: Codec, len: usize, out: &mut 
 }
 
 /// Fewer stored rows than tokens claimed.
-fn too_long(op: &'static str, len: usize) -> KernelError {
+fn too_long(op: &'static str, what: &str, len: usize, width: usize) -> KernelError {
     KernelError::Param {
         op,
         name: "segment length",
         value: len.to_string(),
-        remedy: "the stored rows are fewer; shorten the segment".into(),
+        remedy: format!("the stored rows of {what} {width} wide (or their scales) are fewer; shorten the segment"),
     }
 }

@@ -170,7 +170,7 @@ fn steps_agree(card: &Card) -> Finding {
 
 fn bytes(card: &Card) -> Finding {
     let policy = policy(card, &[])?;
-    for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::Int8] {
+    for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::Int8, KvDtype::Int4] {
         for len in [1, 7, 100, 515] {
             let p = CacheProblem::new(len, dtype, 1.0, 19);
             let held = filled(policy.as_ref(), &p, len)?.resident().total();

@@ -1,6 +1,6 @@
 //! Growable rows in one codec: what every cache policy stores its keys and values in.
 
-use foveal_kernels::decode::Codec;
+use foveal_kernels::decode::{Codec, int4_row_bytes, pack_int4};
 use half::bf16;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -17,6 +17,9 @@ pub enum KvDtype {
     Bf16,
     /// 1 byte an element and a f32 scale a row.
     Int8,
+    /// Half a byte an element, and a scale and a minimum in f16 for each 32 elements of a row, the last of which may
+    /// be fewer: 5 bits an element where the width is a multiple of 32.
+    Int4,
 }
 
 impl fmt::Display for KvDtype {
@@ -25,6 +28,7 @@ impl fmt::Display for KvDtype {
             KvDtype::F32 => "f32",
             KvDtype::Bf16 => "bf16",
             KvDtype::Int8 => "int8",
+            KvDtype::Int4 => "int4",
         })
     }
 }
@@ -36,7 +40,8 @@ impl FromStr for KvDtype {
             "f32" => Ok(KvDtype::F32),
             "bf16" => Ok(KvDtype::Bf16),
             "int8" => Ok(KvDtype::Int8),
-            _ => Err(format!("KV dtype {s:?}: use f32, bf16 or int8")),
+            "int4" => Ok(KvDtype::Int4),
+            _ => Err(format!("KV dtype {s:?}: use f32, bf16, int8 or int4")),
         }
     }
 }
@@ -48,6 +53,7 @@ impl KvDtype {
             KvDtype::F32 => rows * width * 4,
             KvDtype::Bf16 => rows * width * 2,
             KvDtype::Int8 => rows * (width + 4),
+            KvDtype::Int4 => rows * int4_row_bytes(width),
         }
     }
 }
@@ -65,6 +71,7 @@ enum Data {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
     Int8(Vec<i8>, Vec<f32>),
+    Int4(Vec<u8>),
 }
 
 /// Rows for which a copy has room before it must move: a forked session is stepped next.
@@ -90,6 +97,7 @@ impl Clone for RowStore {
             Data::F32(d) => Data::F32(copy(d, slack)),
             Data::Bf16(d) => Data::Bf16(copy(d, slack)),
             Data::Int8(d, s) => Data::Int8(copy(d, slack), copy(s, SLACK)),
+            Data::Int4(d) => Data::Int4(copy(d, SLACK * int4_row_bytes(self.width))),
         };
         Self { width: self.width, len: self.len, data }
     }
@@ -102,6 +110,7 @@ impl RowStore {
             KvDtype::F32 => Data::F32(Vec::new()),
             KvDtype::Bf16 => Data::Bf16(Vec::new()),
             KvDtype::Int8 => Data::Int8(Vec::new(), Vec::new()),
+            KvDtype::Int4 => Data::Int4(Vec::new()),
         };
         Self { width, len: 0, data }
     }
@@ -146,6 +155,12 @@ impl RowStore {
                     s.push(scale);
                 }
             }
+            Data::Int4(d) => {
+                let bytes = int4_row_bytes(w);
+                reserve(d, new * bytes, bytes);
+                let packed = pack_int4(&rows[..new * w], w.max(1), d);
+                debug_assert!(packed.is_ok(), "whole rows were cut off");
+            }
         }
     }
 
@@ -160,6 +175,7 @@ impl RowStore {
                 d.drain(..n * self.width);
                 s.drain(..n);
             }
+            Data::Int4(d) => drop(d.drain(..n * int4_row_bytes(self.width))),
         }
     }
 
@@ -180,27 +196,27 @@ impl RowStore {
                 pick(d, keep, w);
                 pick(s, keep, 1);
             }
+            Data::Int4(d) => pick(d, keep, int4_row_bytes(w)),
         }
         self.len = keep.len();
     }
 
     /// The rows as the decode kernel reads them.
     pub fn codec(&self) -> Codec<'_> {
-        match &self.data {
-            Data::F32(data) => Codec::F32 { data, stride: self.width },
-            Data::Bf16(data) => Codec::Bf16 { data, stride: self.width },
-            Data::Int8(data, scales) => Codec::Int8 { data, stride: self.width, scales },
-        }
+        self.codec_from(0)
     }
 
     /// The rows from row `first` on, as the decode kernel reads them.
     pub fn codec_from(&self, first: usize) -> Codec<'_> {
-        let at = first.min(self.len) * self.width;
+        let (first, stride) = (first.min(self.len), self.width);
+        let at = first * stride;
         match &self.data {
-            Data::F32(data) => Codec::F32 { data: &data[at..], stride: self.width },
-            Data::Bf16(data) => Codec::Bf16 { data: &data[at..], stride: self.width },
-            Data::Int8(data, scales) => {
-                Codec::Int8 { data: &data[at..], stride: self.width, scales: &scales[first.min(self.len)..] }
+            Data::F32(data) => Codec::F32 { data: &data[at..], stride },
+            Data::Bf16(data) => Codec::Bf16 { data: &data[at..], stride },
+            Data::Int8(data, scales) => Codec::Int8 { data: &data[at..], stride, scales: &scales[first..] },
+            Data::Int4(data) => {
+                let stride = int4_row_bytes(self.width);
+                Codec::Int4 { data: &data[first * stride..], stride }
             }
         }
     }
@@ -214,6 +230,14 @@ impl RowStore {
             Data::Int8(d, s) => {
                 for (row, scale) in d[span].chunks_exact(self.width.max(1)).zip(&s[first..first + n]) {
                     out.extend(row.iter().map(|&x| f32::from(x) * scale));
+                }
+            }
+            Data::Int4(_) => {
+                let at = out.len();
+                out.resize(at + n * self.width, 0.0);
+                let codec = self.codec();
+                for (i, row) in out[at..].chunks_exact_mut(self.width.max(1)).enumerate() {
+                    codec.row(first + i, row);
                 }
             }
         }
@@ -237,6 +261,7 @@ impl RowStore {
             Data::F32(d) => size_of_val(d.as_slice()),
             Data::Bf16(d) => size_of_val(d.as_slice()),
             Data::Int8(d, s) => size_of_val(d.as_slice()) + size_of_val(s.as_slice()),
+            Data::Int4(d) => d.len(),
         }
     }
 }

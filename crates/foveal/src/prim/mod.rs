@@ -2,6 +2,7 @@
 
 pub mod attend;
 pub mod conv;
+pub mod decode;
 pub mod factor;
 pub mod feature;
 pub mod gemm;
@@ -15,6 +16,7 @@ pub(crate) mod tensor;
 
 pub use attend::{AttendBias, AttendOptions, Attended, Sequences, attend, attend_indexed, attend_selected, merge};
 pub use conv::{Convolved, damped_ema, long_conv, short_conv};
+pub use decode::{DecodeOptions, Decoded, decode};
 pub use feature::{FeatureOptions, feature_attend};
 pub use foveal_kernels::conv::Boundary;
 pub use foveal_kernels::{Band, Normalizer};
