@@ -367,6 +367,13 @@ mod imp {
         }
     }
 
+    /// Give up tiles: a core renames them from a pool that its hyperthreads share (see `crate::amx`).
+    macro_rules! done {
+        ($($t:literal),*) => {
+            asm!($(concat!("tilezero tmm", $t)),*, options(nostack, preserves_flags))
+        };
+    }
+
     macro_rules! dot {
         ($int8:expr, $c:literal, $a:literal, $b:literal) => {
             if $int8 {
@@ -391,17 +398,22 @@ mod imp {
             tile!("tileloadd tmm6, [{p} + {l}*1]", b.add(i * TILE), LINE);
             tile!("tileloadd tmm4, [{p} + {l}*1]", a[0].0.add(i * LINE), a[0].1);
             dot!(INT8, "0", "4", "6");
+            done!("4");
             tile!("tileloadd tmm5, [{p} + {l}*1]", a[1].0.add(i * LINE), a[1].1);
             dot!(INT8, "1", "5", "6");
+            done!("5");
             tile!("tileloadd tmm4, [{p} + {l}*1]", a[2].0.add(i * LINE), a[2].1);
             dot!(INT8, "2", "4", "6");
+            done!("4");
             tile!("tileloadd tmm5, [{p} + {l}*1]", a[3].0.add(i * LINE), a[3].1);
             dot!(INT8, "3", "5", "6");
+            done!("5", "6");
         }
         tile!("tilestored [{p} + {l}*1], tmm0", c, LINE);
         tile!("tilestored [{p} + {l}*1], tmm1", c.add(next), LINE);
         tile!("tilestored [{p} + {l}*1], tmm2", c.add(2 * next), LINE);
         tile!("tilestored [{p} + {l}*1], tmm3", c.add(3 * next), LINE);
+        done!("0", "1", "2", "3");
     }
 
     /// Two tiles of keys with two groups of queries; the second tile's results are `next` bytes on.
@@ -420,14 +432,18 @@ mod imp {
             dot!(INT8, "0", "4", "6");
             tile!("tileloadd tmm7, [{p} + {l}*1]", b[1].add(i * TILE), LINE);
             dot!(INT8, "1", "4", "7");
+            done!("4");
             tile!("tileloadd tmm5, [{p} + {l}*1]", a[1].0.add(i * LINE), a[1].1);
             dot!(INT8, "2", "5", "6");
+            done!("6");
             dot!(INT8, "3", "5", "7");
+            done!("5", "7");
         }
         tile!("tilestored [{p} + {l}*1], tmm0", c, LINE);
         tile!("tilestored [{p} + {l}*1], tmm1", c.add(TILE), LINE);
         tile!("tilestored [{p} + {l}*1], tmm2", c.add(next), LINE);
         tile!("tilestored [{p} + {l}*1], tmm3", c.add(next + TILE), LINE);
+        done!("0", "1", "2", "3");
     }
 
     /// 2^16 H + 2^8 M + L of integers, or the sum of three f32.
@@ -633,17 +649,22 @@ mod imp {
                     tile!("tileloadd tmm4, [{p} + {l}*1]", a.add(k * LINE), row_bytes);
                     tile!("tileloadd tmm5, [{p} + {l}*1]", b, LINE);
                     dot!(INT8, "0", "4", "5");
+                    done!("5");
                     tile!("tileloadd tmm6, [{p} + {l}*1]", b.add(TILE), LINE);
                     dot!(INT8, "1", "4", "6");
+                    done!("6");
                     tile!("tileloadd tmm7, [{p} + {l}*1]", b.add(2 * TILE), LINE);
                     dot!(INT8, "2", "4", "7");
+                    done!("7");
                     tile!("tileloadd tmm5, [{p} + {l}*1]", b.add(3 * TILE), LINE);
                     dot!(INT8, "3", "4", "5");
+                    done!("4", "5");
                 }
                 tile!("tilestored [{p} + {l}*1], tmm0", c, LINE);
                 tile!("tilestored [{p} + {l}*1], tmm1", c.add(TILE), LINE);
                 tile!("tilestored [{p} + {l}*1], tmm2", c.add(2 * TILE), LINE);
                 tile!("tilestored [{p} + {l}*1], tmm3", c.add(3 * TILE), LINE);
+                done!("0", "1", "2", "3");
                 for q in 0..GROUP.min(rows - g * GROUP) {
                     let r = g * GROUP + q;
                     let part =
