@@ -73,6 +73,20 @@ def recur(result):
     return table(head, rows)
 
 
+def decode(result):
+    f32 = {r["what"]: r["ours"]["median"] for r in result["rows"] if r["dtype"] == "f32"}
+    rows = []
+    for r in result["rows"]:
+        own, read = (r["bytes"] / r[side]["median"] / 1e6 for side in ("ours", "read"))
+        share = f"{100 * own / read:.0f}%" + (" (85%)" if r["dtype"] != "int4" else "")
+        faster = f"{f32[r['what']] / r['ours']['median']:.2f}" + (" (3)" if r["dtype"] == "int8" else "")
+        peer = f"{r['rendition']}{'' if r['dtype'] in ('f32', 'bf16') else ', bf16'}"
+        rates = [f"{own:.1f}", f"{read:.1f}", share, faster]
+        rows.append([f"{r['dtype']} {r['what']}", spread(r["ours"]), spread(r["theirs"]), peer, f"{r['ratio']:.2f}", *rates])
+    head = ["ms, median (spread)", "foveal", "PyTorch", "its rendition", "ratio"]
+    return table(head + ["our GB/s", "read GB/s", "of reading (goal)", "against our f32 (goal)"], rows)
+
+
 def llama_speed(result):
     rows = []
     for r in result["rows"]:
@@ -138,6 +152,15 @@ def page(data):
             "that our kernel counts; the product is of 2048 x 2048 matrices in bf16, by the faster of both, in the same rounds.\n\n"
         )
         text += section("Linear recurrences against PyTorch", "python benches/peers/recur.py", r, about + recur(r))
+    if "decode" in data:
+        r = data["decode"]
+        about = (
+            f"PyTorch {r['theirs']['version']} ({r['theirs']['capability']}), foveal on {r['ours']['isa']}. One query of 9 heads "
+            "over 3 heads of keys and values, 64 wide; bytes are those of keys and values, reading is as many bytes by the "
+            "same threads in the same rounds (8,192 keys fit a third-level cache, int8 and int4 nearly the second). Of "
+            "PyTorch's renditions the fastest; int8 and int4 stand beside its bf16.\n\n"
+        )
+        text += section("One query over a long store against PyTorch", "python benches/peers/decode.py", r, about + decode(r))
     if "llama_speed" in data:
         r = data["llama_speed"]
         weights = "repacked for the instruction set" if r["theirs"]["repacked_weights"] else "as stored, which is not its fastest"

@@ -25,6 +25,7 @@ PARTS = {
     "sdpa_backward": ["sdpa.py", "--backward"],
     "fft": ["fft.py"],
     "recur": ["recur.py"],
+    "decode": ["decode.py"],
     "llama_speed": ["llama_speed.py"],
 }
 NEED_A_MODEL = ["llama_speed"]

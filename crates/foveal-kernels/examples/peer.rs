@@ -10,6 +10,8 @@
 //!     recur B H T D f32|bf16 GATE               chunked recurrence, {"seconds", "flops"}
 //!     recur_grad B H T D f32|bf16 GATE          the same and its backward pass, {"seconds", "flops" of both}
 //!     exp N CALLS                               e^x of N numbers on one thread, seconds of one call
+//!     decode H HKV T D f32|bf16|int8|int4       one query over T keys and values, on the pool, with {"bytes"}
+//!     stream BYTES                              reads so many bytes on the pool, seconds
 //!     read MIB THREADS                          sums MIB mebibytes, seconds and bytes
 //!
 //! GATE is identity, scalar, channel, delta, gated_delta, channel_delta, low_rank or ssd.
@@ -18,10 +20,12 @@
 //! call on the same operands. FOVEAL_ISA caps the instruction set, RAYON_NUM_THREADS the threads.
 
 use foveal_kernels::conv::{Boundary, LongConv, LongGrads, Signal, SignalMut, long_conv, long_conv_backward};
+use foveal_kernels::decode::{Codec, Decode, Segment, int4_row_bytes, pack_int4};
 use foveal_kernels::exp::{Fun, apply_to};
 use foveal_kernels::recur::{Gate, Recur};
 use foveal_kernels::{Attend, AttendGrads, Element, Isa, PackedLinear, Upstream, View, ViewMut, WeightFormat};
 use half::bf16;
+use rayon::prelude::*;
 use std::io::{BufRead, Write};
 use std::time::Instant;
 
@@ -220,6 +224,86 @@ fn recur<T: Element>(
     }))
 }
 
+/// Rows of one K/V head.
+enum Rows {
+    F32(Vec<f32>),
+    Bf16(Vec<bf16>),
+    Int8(Vec<i8>, Vec<f32>),
+    Int4(Vec<u8>),
+}
+
+impl Rows {
+    fn new(kind: &str, x: Vec<f32>, d: usize) -> Result<Self, Failure> {
+        Ok(match kind {
+            "f32" => Rows::F32(x),
+            "bf16" => Rows::Bf16(x.into_iter().map(bf16::from_f32).collect()),
+            "int8" => {
+                let scales: Vec<f32> =
+                    x.chunks_exact(d).map(|r| r.iter().fold(1e-9f32, |m, x| m.max(x.abs())) / 127.0).collect();
+                let q = x.chunks_exact(d).zip(&scales).flat_map(|(r, s)| r.iter().map(move |x| (x / s).round() as i8));
+                Rows::Int8(q.collect(), scales)
+            }
+            "int4" => {
+                let mut out = Vec::new();
+                pack_int4(&x, d, &mut out)?;
+                Rows::Int4(out)
+            }
+            _ => return Err("the type is f32, bf16, int8 or int4".into()),
+        })
+    }
+
+    fn codec(&self, d: usize) -> Codec<'_> {
+        match self {
+            Rows::F32(data) => Codec::F32 { data, stride: d },
+            Rows::Bf16(data) => Codec::Bf16 { data, stride: d },
+            Rows::Int8(data, scales) => Codec::Int8 { data, stride: d, scales },
+            Rows::Int4(data) => Codec::Int4 { data, stride: int4_row_bytes(d) },
+        }
+    }
+}
+
+fn decode([h, hkv, t, d]: [usize; 4], kind: &str) -> Result<Call, Failure> {
+    if [h, hkv, t, d].contains(&0) {
+        return Err("a dimension is 0".into());
+    }
+    let mut random = noise();
+    let mut some = |n: usize| (0..n).map(|_| random()).collect::<Vec<f32>>();
+    let q = some(h * d);
+    let store = (0..hkv)
+        .map(|_| Ok((Rows::new(kind, some(t * d), d)?, Rows::new(kind, some(t * d), d)?)))
+        .collect::<Result<Vec<_>, Failure>>()?;
+    let (mut out, mut lse) = (vec![0f32; h * d], vec![0f32; h]);
+    Ok(Box::new(move || {
+        let kv: Vec<Vec<Segment>> =
+            store.iter().map(|(k, v)| vec![Segment { k: k.codec(d), v: v.codec(d), len: t, channels: None }]).collect();
+        let (q, out, lse) = (&q, &mut out, &mut lse);
+        // On a thread of the pool, where a model decodes.
+        let (seconds, work) = rayon::scope(|_| {
+            let begin = Instant::now();
+            let work = Decode::new(1.0 / (d as f32).sqrt()).run(q, [h, 1, d], &kv, d, None, out, lse);
+            (begin.elapsed().as_secs_f64(), work)
+        });
+        Ok((seconds, format!(", \"bytes\": {}", work?.bytes)))
+    }))
+}
+
+/// Reading as decode reads: on the pool, each thread some long runs of memory.
+fn stream(bytes: usize) -> Result<Call, Failure> {
+    if bytes < 4096 {
+        return Err("give at least 4096 bytes".into());
+    }
+    let data: Vec<u32> = (0..bytes / 4).map(|i| i as u32).collect();
+    Ok(Box::new(move || {
+        let part = data.len().div_ceil(4 * rayon::current_num_threads());
+        let data = &data;
+        Ok(rayon::scope(|_| {
+            let begin = Instant::now();
+            std::hint::black_box(data.par_chunks(part).with_max_len(1).map(sum).reduce(|| 0, u32::wrapping_add));
+            (begin.elapsed().as_secs_f64(), format!(", \"bytes\": {}", 4 * data.len()))
+        }))
+    }))
+}
+
 fn exp(n: usize, calls: usize) -> Result<Call, Failure> {
     if n == 0 || calls == 0 {
         return Err("give numbers and calls".into());
@@ -302,11 +386,14 @@ fn prepare(line: &str) -> Result<Call, Failure> {
             linear([number(m)?, number(n)?, number(k)?], format)
         }
         ["long_conv", c, t, form] => long([number(c)?, number(t)?], form),
+        ["decode", h, hkv, t, d, kind] => decode([number(h)?, number(hkv)?, number(t)?, number(d)?], kind),
+        ["stream", bytes] => stream(number(bytes)?),
         ["exp", n, calls] => exp(number(n)?, number(calls)?),
         ["read", mib, threads] => read(number(mib)?, number(threads)?),
         _ => Err("requests are: attend or attend_grad B H HKV T D f32|bf16 full|causal, \
             linear M N K f32|bf16|int8|int4, long_conv C T causal|ready|circular|backward, \
-            recur or recur_grad B H T D f32|bf16 GATE, exp N CALLS, read MIB THREADS"
+            recur or recur_grad B H T D f32|bf16 GATE, decode H HKV T D f32|bf16|int8|int4, \
+            stream BYTES, exp N CALLS, read MIB THREADS"
             .into()),
     }
 }
