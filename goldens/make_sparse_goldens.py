@@ -206,6 +206,15 @@ def problem(rng, tq, tk, d):
     return tuple(x.astype(np.float32) for x in (q, k, v))
 
 
+def s2(q, k, block, local, stride, sinks):
+    """Head 0: Kronecker product of the pattern of position blocks with full blocks, last rows, causal."""
+    tq, tk = len(q), len(k)
+    n = -(-tk // block)
+    a, b = np.arange(n)[:, None], np.arange(n)[None, :]
+    pattern = (a >= b) & ((a - b < local) | ((b + 1) % stride == 0) | (b < sinks))
+    return np.kron(pattern, np.ones((block, block), bool))[:tk, :tk][-tq:] & causal(tq, tk)
+
+
 CASES = {
     "minference": [
         (dict(vertical_size=24, slash_size=30, max_share=1.0, last_q=32, sinks=4, recent=8, block_size=16),
@@ -244,6 +253,12 @@ CASES = {
          lambda c: dict(block=c["block_size"], step=c["step"], theta=c["theta"], init_blocks=c["init_blocks"])),
         (dict(block_size=24, step=2, theta=3.25, init_blocks=2), anchor,
          lambda c: dict(block=c["block_size"], step=c["step"], theta=c["theta"], init_blocks=c["init_blocks"])),
+    ],
+    "s2-attention": [
+        (dict(block_size=16, local_blocks=3, vert_stride=4), s2,
+         lambda c: dict(block=c["block_size"], local=c["local_blocks"], stride=c["vert_stride"], sinks=0)),
+        (dict(block_size=20, local_blocks=1, vert_stride=5, sink_blocks=1), s2,
+         lambda c: dict(block=c["block_size"], local=c["local_blocks"], stride=c["vert_stride"], sinks=c["sink_blocks"])),
     ],
 }
 

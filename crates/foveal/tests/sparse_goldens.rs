@@ -21,7 +21,7 @@ fn masks_equal_the_papers_definitions() {
     let (_, header) = SafeTensors::read_metadata(&bytes).expect("a header");
     let cases = &header.metadata().as_ref().expect("metadata")["cases"];
     let cases: Vec<Value> = serde_json::from_str(cases).expect("cases as JSON");
-    assert_eq!(cases.len(), 39);
+    assert_eq!(cases.len(), 45);
     for case in cases {
         let number = |name: &str| case[name].as_u64().expect("a size") as usize;
         let text = |name: &str| case[name].as_str().expect("a name").to_owned();

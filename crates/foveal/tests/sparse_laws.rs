@@ -67,7 +67,7 @@ impl Case {
 }
 
 /// Every system at sizes small enough to leave something out of a few hundred keys.
-const SMALL: [&str; 8] = [
+const SMALL: [&str; 9] = [
     "minference:max_share=0.2,sinks=3,recent=9,last_q=20,block_size=16",
     "minference:pattern=a-shape,init=9,local=30,block_size=16",
     "minference:pattern=block-sparse,max_share=0.2,block_size=16",
@@ -76,6 +76,7 @@ const SMALL: [&str; 8] = [
     "moba:block_size=32,topk=2",
     "anchorattention:block_size=16,step=3,theta=1",
     "anchorattention:block_size=16,step=1,theta=1,init_blocks=0",
+    "s2-attention:block_size=16,local_blocks=2,vert_stride=3",
 ];
 
 const SHAPES: [(usize, usize); 10] =
@@ -85,7 +86,14 @@ const SHAPES: [(usize, usize); 10] =
 fn selections_fit_the_problem_see_their_own_key_and_are_disjoint() {
     for (tq, tk) in SHAPES {
         let case = Case::new(tq, tk, 12);
-        for spec in SMALL.iter().chain(&["minference", "xattention", "hip-attention", "moba", "anchorattention"]) {
+        for spec in SMALL.iter().chain(&[
+            "minference",
+            "xattention",
+            "hip-attention",
+            "moba",
+            "anchorattention",
+            "s2-attention",
+        ]) {
             let (s, work) = case.select(spec);
             if let Some(t) = &s.blocks {
                 t.check(tq, tk).unwrap_or_else(|e| panic!("{spec} ({tq}, {tk}): {e}"));
@@ -126,6 +134,8 @@ fn full_budgets_are_exact() {
         "moba:topk=1000000",
         "anchorattention:theta=1000000",
         "anchorattention:theta=1000000,block_size=16,step=2",
+        "s2-attention:vert_stride=1",
+        "s2-attention:block_size=16,local_blocks=1000000",
     ];
     for (tq, tk) in SHAPES {
         let case = Case::new(tq, tk, 12);

@@ -6,7 +6,9 @@ pub mod hip_attention;
 pub mod mask;
 pub mod minference;
 pub mod moba;
+mod pattern;
 pub mod run;
+pub mod s2_attention;
 pub mod xattention;
 
 use crate::error::Result;
@@ -15,8 +17,14 @@ use crate::system::Card;
 use foveal_kernels::{HeadKeys, HeadTable, Work};
 
 /// Cards of this family.
-pub const CARDS: &[&Card] =
-    &[&minference::CARD, &xattention::CARD, &hip_attention::CARD, &moba::CARD, &anchorattention::CARD];
+pub const CARDS: &[&Card] = &[
+    &minference::CARD,
+    &xattention::CARD,
+    &hip_attention::CARD,
+    &moba::CARD,
+    &anchorattention::CARD,
+    &s2_attention::CARD,
+];
 
 /// Rows of a matrix of f32, with a row stride.
 #[derive(Clone, Copy, Debug)]
