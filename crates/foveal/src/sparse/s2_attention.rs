@@ -105,7 +105,8 @@ pub const CARD: Card = Card {
          head_step is that number, as a selector does not know how many heads there are.",
         "Heads of a K/V group choose different shards, as in the published setting; nothing is thrown away from the cache here.",
         "Models are meant to be trained with the pattern. In one that was not, a head whose shard leaves out the first block loses its \
-         attention sink; sink_blocks=1 gives it back, which is not in the paper.",
+         attention sink; sink_blocks=1 gives it back, which is not in the paper. Perplexity of SmolLM2-135M, 2,048 tokens: dense 6.63, \
+         default 14.6, sink_blocks=1 6.52, local_blocks=8,dense_every=0,sink_blocks=1 6.83; 8,192 tokens: 8.71, 15.6, 9.08, 9.75.",
         "A chunk whose first query does not begin a block of positions keeps the pattern exactly: its tiles carry a bit a query.",
     ],
     params: params_of::<S2Attention>,
