@@ -411,9 +411,35 @@ pub(super) unsafe fn no_keys<const NV: usize>(s: *mut f32, nk: usize) {
     std::slice::from_raw_parts_mut(s.add(nk * w), rows * w).fill(f32::NEG_INFINITY);
 }
 
+/// Oᵀ += Vᵀ · P, the weights being in `t.s`.
+#[inline(always)]
+pub(super) unsafe fn values<const NV: usize>(t: &Visit) {
+    let line = NV * LINE;
+    for i in (0..t.dv_tiles).step_by(2) {
+        let p = Product {
+            steps: t.nk.div_ceil(32),
+            a: std::ptr::null(),
+            a_list: t.v,
+            a_step: i * TILE,
+            a_next: TILE,
+            a_line: LINE,
+            b: t.s.cast(),
+            b_step: ROWS * line,
+            b_line: line,
+            c: t.o.add(i * ROWS * NV * 16).cast(),
+            c_line: line,
+        };
+        match (i + 1 < t.dv_tiles, NV == 2) {
+            (true, true) => product::<true, true, true, true>(&p),
+            (true, false) => product::<true, true, true, false>(&p),
+            (false, true) => product::<true, true, false, true>(&p),
+            (false, false) => product::<true, true, false, false>(&p),
+        }
+    }
+}
+
 #[inline(always)]
 unsafe fn visit_wide<const NV: usize>(t: &Visit) {
-    let line = NV * LINE;
     let chunks = t.nk.div_ceil(32);
     if bounded::<NV>(t) {
         // Weights fill the first half of the room; the second holds the scores of two times 32 keys,
@@ -437,27 +463,7 @@ unsafe fn visit_wide<const NV: usize>(t: &Visit) {
             weights::<NV>(t, t.s.add(j * 32 * NV * 16), t.s.add(j * 16 * NV * 16));
         }
     }
-    for i in (0..t.dv_tiles).step_by(2) {
-        let p = Product {
-            steps: chunks,
-            a: std::ptr::null(),
-            a_list: t.v,
-            a_step: i * TILE,
-            a_next: TILE,
-            a_line: LINE,
-            b: t.s.cast(),
-            b_step: ROWS * line,
-            b_line: line,
-            c: t.o.add(i * ROWS * NV * 16).cast(),
-            c_line: line,
-        };
-        match (i + 1 < t.dv_tiles, NV == 2) {
-            (true, true) => product::<true, true, true, true>(&p),
-            (true, false) => product::<true, true, true, false>(&p),
-            (false, true) => product::<true, true, false, true>(&p),
-            (false, false) => product::<true, true, false, false>(&p),
-        }
-    }
+    values::<NV>(t);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::amx::{KEYS, LINE, Product, ROWS, TILE, Visit, exp2, hide, no_keys, product, scores};
+use super::amx::{KEYS, Visit, exp2, hide, no_keys, scores, values};
 use crate::exp::tanh;
 use crate::simd::{Avx512, Simd};
 use std::arch::x86_64::*;
@@ -30,7 +30,6 @@ unsafe fn weights<const NV: usize>(c: f32, bias: f32, s: *const f32, to: *mut f3
 /// A whole visit; `bias` is the sigmoid's times log₂ e.
 #[inline(always)]
 pub(super) unsafe fn visit_sigmoid<const NV: usize>(t: &Visit, bias: f32) {
-    let line = NV * LINE;
     let chunks = t.nk.div_ceil(32);
     for j in 0..chunks {
         // Weights fill the first half of the room, so that tiles and lanes work on different scores.
@@ -56,25 +55,5 @@ pub(super) unsafe fn visit_sigmoid<const NV: usize>(t: &Visit, bias: f32) {
         no_keys::<NV>(s, nk);
         weights::<NV>(t.c, bias, s, t.s.add(j * 16 * NV * 16));
     }
-    for i in (0..t.dv_tiles).step_by(2) {
-        let p = Product {
-            steps: chunks,
-            a: std::ptr::null(),
-            a_list: t.v,
-            a_step: i * TILE,
-            a_next: TILE,
-            a_line: LINE,
-            b: t.s.cast(),
-            b_step: ROWS * line,
-            b_line: line,
-            c: t.o.add(i * ROWS * NV * 16).cast(),
-            c_line: line,
-        };
-        match (i + 1 < t.dv_tiles, NV == 2) {
-            (true, true) => product::<true, true, true, true>(&p),
-            (true, false) => product::<true, true, true, false>(&p),
-            (false, true) => product::<true, true, false, true>(&p),
-            (false, false) => product::<true, true, false, false>(&p),
-        }
-    }
+    values::<NV>(t);
 }
