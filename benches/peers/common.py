@@ -92,6 +92,22 @@ def summary(values):
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "repeats": len(values)}
 
 
+def rounds(own, request, theirs, turns, repeats, before=None):
+    """Milliseconds of `repeats` requests to our side and calls of theirs, which returns its seconds: both in each round,
+    either first in every other one. `before` is called once a round."""
+    ours_ms, theirs_ms = [], []
+    for i in range(repeats):
+        with turns.unit():
+            if before:
+                before()
+            for side in (0, 1) if i % 2 == 0 else (1, 0):
+                if side == 0:
+                    ours_ms.append(1e3 * own.ask(request)["seconds"])
+                else:
+                    theirs_ms.append(1e3 * theirs())
+    return ours_ms, theirs_ms
+
+
 def versus(ours, theirs, higher_is_better):
     """Ratio of the medians, above 1 where ours is better, and the extremes of the rounds' ratios."""
     pairs = [o / t if higher_is_better else t / o for o, t in zip(ours, theirs)]

@@ -71,14 +71,7 @@ def measure(own, repeats, turns, rows, save):
             theirs = make()
             theirs()
             own.ask(request)
-        ours_ms, theirs_ms = [], []
-        for i in range(repeats):
-            with turns.unit():
-                for side in (0, 1) if i % 2 == 0 else (1, 0):
-                    if side == 0:
-                        ours_ms.append(1e3 * own.ask(request)["seconds"])
-                    else:
-                        theirs_ms.append(1e3 * theirs())
+        ours_ms, theirs_ms = common.rounds(own, request, theirs, turns, repeats)
         row = {"what": name, "channels": CHANNELS, "samples": TIME, "unit": "ms"}
         row |= common.versus(ours_ms, theirs_ms, higher_is_better=False)
         rows.append(row)

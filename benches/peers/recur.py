@@ -146,15 +146,8 @@ def measure(own, product, repeats, turns, gates, rows, save):
                 theirs()
                 flops = own.ask(mine)["flops"]
                 products()
-            ours_ms, theirs_ms, ceiling = [], [], []
-            for i in range(repeats):
-                with turns.unit():
-                    ceiling.append(products())
-                    for side in (0, 1) if i % 2 == 0 else (1, 0):
-                        if side == 0:
-                            ours_ms.append(1e3 * own.ask(mine)["seconds"])
-                        else:
-                            theirs_ms.append(1e3 * theirs())
+            ceiling = []
+            ours_ms, theirs_ms = common.rounds(own, mine, theirs, turns, repeats, lambda: ceiling.append(products()))
             what = f"{gate}{', forward and backward' if grad else ''}"
             row = {"what": what, "gate": gate, "dtype": "bf16", "unit": "ms", "flops": flops, "product": common.summary(ceiling)}
             row |= common.versus(ours_ms, theirs_ms, higher_is_better=False)

@@ -51,14 +51,7 @@ def measure(own, repeats, turns, types, rows, save, backward=False):
                     theirs = peer(shape, dtype, causal, backward)
                     theirs()
                     own.ask(request)
-                    ours_ms, theirs_ms = [], []
-                for i in range(repeats):
-                    with turns.unit():
-                        for side in (0, 1) if i % 2 == 0 else (1, 0):
-                            if side == 0:
-                                ours_ms.append(1e3 * own.ask(request)["seconds"])
-                            else:
-                                theirs_ms.append(1e3 * theirs())
+                ours_ms, theirs_ms = common.rounds(own, request, theirs, turns, repeats)
                 flops = (14 if backward else 4) * b * h * t * t * d / (2 if causal else 1)
                 what = f"({b}, {h}, {t}, {d}) {mask}{', forward and backward' if backward else ''}"
                 row = {"what": what, "dtype": dtype, "unit": "ms", "flops": flops}

@@ -9,7 +9,7 @@
 //! weights tile by tile and needs no memory of Tq × Tk unless a dense bias has it already.
 
 use crate::error::{Error, Result};
-use crate::prim::conv::{WorkCell, cpu, flat, gradient, wrap as wrap_error};
+use crate::prim::conv::{WorkCell, cpu, flat, gradient, through};
 use crate::prim::tensor::{AnyView, cpu_view, rows, view};
 use crate::sparse::HeadSelection;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Shape, Tensor};
@@ -547,14 +547,6 @@ impl Call {
             operands: Some(g),
             parts: vec![(Part::Sinks, dsinks), (Part::Bias, bias), (Part::KeyFactors, keys)],
         })
-    }
-}
-
-/// An error on its way through candle.
-fn through(e: Error) -> candle_core::Error {
-    match e {
-        Error::Kernel(e) => wrap_error(e),
-        other => candle_core::Error::wrap(other),
     }
 }
 

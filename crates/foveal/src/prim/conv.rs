@@ -5,7 +5,7 @@
 //! on, nothing is copied. Parameters are taken as f32, outputs are f32, gradients have their argument's dtype.
 
 use crate::error::{Error, Result};
-use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Shape, Storage, Tensor, WithDType};
 use foveal_kernels::conv::{
     Boundary, DampedEma, EmaGrads, EmaParameterGrads, LongGrads, ShortConv, ShortGrads, Signal, SignalMut,
     long_conv as long_kernel, long_conv_backward,
@@ -44,6 +44,14 @@ pub(super) fn wrap(e: foveal_kernels::KernelError) -> candle_core::Error {
     candle_core::Error::wrap(e)
 }
 
+/// The same for whatever error a primitive had on its way through candle.
+pub(super) fn through(e: Error) -> candle_core::Error {
+    match e {
+        Error::Kernel(e) => wrap(e),
+        other => candle_core::Error::wrap(other),
+    }
+}
+
 /// A tensor the operation may read: on the CPU and of a dtype that it takes.
 pub(super) fn readable(
     op: &'static str,
@@ -68,10 +76,15 @@ pub(super) fn readable(
     Ok(())
 }
 
+/// Elements of a contiguous tensor.
+pub(super) fn elements<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [T]> {
+    let at = layout.start_offset();
+    Ok(&storage.as_slice::<T>()?[at..at + layout.shape().elem_count()])
+}
+
 /// f32 elements of a contiguous tensor.
 pub(super) fn flat<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
-    let at = layout.start_offset();
-    Ok(&storage.as_slice::<f32>()?[at..at + layout.shape().elem_count()])
+    elements(storage, layout)
 }
 
 /// A (B, C, T) view of either dtype.

@@ -9,7 +9,7 @@
 //! the backward pass, which costs a copy of them.
 
 use crate::error::{Error, Result};
-use crate::prim::conv::{WorkCell, cpu, flat, gradient, readable, wrap};
+use crate::prim::conv::{WorkCell, cpu, elements, flat, gradient, readable, through};
 use crate::prim::tensor::rows;
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Shape, Storage, Tensor, WithDType};
 use foveal_kernels::recur::{Gate, Recur, RecurGrads};
@@ -429,19 +429,6 @@ impl Tracked {
     }
 }
 
-/// An error on its way through candle.
-fn through(e: Error) -> candle_core::Error {
-    match e {
-        Error::Kernel(e) => wrap(e),
-        other => candle_core::Error::wrap(other),
-    }
-}
-
-/// Elements of a contiguous tensor.
-fn slice<'a, T: WithDType>(s: &'a CpuStorage, l: &Layout) -> candle_core::Result<&'a [T]> {
-    Ok(&s.as_slice::<T>()?[l.start_offset()..l.start_offset() + l.shape().elem_count()])
-}
-
 impl CustomOp2 for Tracked {
     fn name(&self) -> &'static str {
         OP
@@ -456,8 +443,8 @@ impl CustomOp2 for Tracked {
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let gates = flat(gates, gl)?;
         let both = match values {
-            CpuStorage::BF16(_) => self.forward(slice::<bf16>(values, vl)?, gates),
-            _ => self.forward(slice::<f32>(values, vl)?, gates),
+            CpuStorage::BF16(_) => self.forward(elements::<bf16>(values, vl)?, gates),
+            _ => self.forward(elements::<f32>(values, vl)?, gates),
         };
         let both = both.map_err(through)?;
         let n = both.len();
@@ -477,8 +464,8 @@ impl CustomOp2 for Tracked {
             let (ds, dl) = dresult.storage_and_layout();
             let (gates, dresult) = (flat(cpu(&gs)?, gl)?, flat(cpu(&ds)?, dl)?);
             let grads = match values.dtype() {
-                DType::BF16 => self.backward(slice::<bf16>(cpu(&vs)?, vl)?, gates, dresult),
-                _ => self.backward(slice::<f32>(cpu(&vs)?, vl)?, gates, dresult),
+                DType::BF16 => self.backward(elements::<bf16>(cpu(&vs)?, vl)?, gates, dresult),
+                _ => self.backward(elements::<f32>(cpu(&vs)?, vl)?, gates, dresult),
             };
             grads.map_err(through)?
         };
