@@ -488,9 +488,12 @@ pub struct ApplyArgs {
     /// Also write the dense 0/1 mask of what was attended to
     #[arg(long)]
     pub mask: bool,
-    /// Whether query i sees only keys up to Tk - Tq + i; `false` works with exact systems only
+    /// Whether query i sees only keys up to Tk - Tq + i; `foveal show` tells what a system knows
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     pub causal: bool,
+    /// Token grid among the keys as TxHxW, HxW or W, and @N if it starts at token N, for systems that need one
+    #[arg(long, value_name = "GRID")]
+    pub grid: Option<foveal::sparse::Grid>,
     /// Factor on q·k [default: 1/√D]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub scale: Option<f32>,

@@ -51,7 +51,7 @@ pub fn selection(system: usize, s: &HeadSelection, tq: usize, tk: usize) -> Map 
     let mut hit = vec![0u8; tk];
     for i in rows(tq) {
         let visible = tk - tq + i + 1;
-        mask::mask_row(s, i, tq, &mut hit);
+        mask::mask_row(s, i, tq, true, &mut hit);
         let row = i * gr / tq * gc;
         for (j, h) in hit[..visible].iter().enumerate() {
             let c = row + j * gc / tk;

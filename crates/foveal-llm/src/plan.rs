@@ -294,6 +294,7 @@ fn selector(spec: &Spec) -> Result<Option<Arc<dyn Selector>>> {
         System::Dense => Ok(None),
         System::Selector(s) => Ok(Some(Arc::from(s))),
         System::Cache(_) => Err(bad(format!("{spec} is a cache policy; name it as cache, not as prefill"))),
+        System::Mixer(_) => Err(bad(format!("{spec} is an attention layer; it cannot yet serve a pretrained model"))),
     }
 }
 
@@ -301,7 +302,9 @@ fn cache_policy(spec: &Spec) -> Result<Arc<dyn CachePolicy>> {
     match registry::build(spec, Slot::Cache)? {
         System::Dense => Ok(Arc::new(DenseCache)),
         System::Cache(c) => Ok(Arc::from(c)),
-        System::Selector(_) => Err(bad(format!("{spec} is a prefill system; name it as prefill, not as cache"))),
+        System::Selector(_) | System::Mixer(_) => {
+            Err(bad(format!("{spec} is a prefill system; name it as prefill, not as cache")))
+        }
     }
 }
 

@@ -44,6 +44,24 @@ pub enum Error {
         /// The tensor's name.
         tensor: &'static str,
     },
+    /// A file could not be written.
+    #[error("cannot {action} {}: {message}", path.display())]
+    File {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// The system's words.
+        message: String,
+    },
+    /// A token grid that cannot be.
+    #[error("grid {grid}: {message}")]
+    Grid {
+        /// As written.
+        grid: String,
+        /// What is wrong and the remedy.
+        message: String,
+    },
     /// No system has this id.
     #[error("unknown system {id:?}{hint}; `foveal list` shows all ids")]
     UnknownSystem {

@@ -22,6 +22,7 @@ pub mod cache;
 pub mod error;
 pub mod kernel;
 pub mod laws;
+pub mod mixer;
 pub mod prim;
 pub mod registry;
 pub mod sparse;

@@ -96,6 +96,7 @@ pub fn build(spec: &Spec, slot: Slot) -> Result<System> {
             wanted: match slot {
                 Slot::Prefill => "a prefill system",
                 Slot::Cache => "a cache policy",
+                Slot::Mixer => "an attention layer",
                 _ => "this kind of system",
             },
             slots: card.slot_names(),

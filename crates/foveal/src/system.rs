@@ -2,7 +2,8 @@
 
 use crate::cache::CachePolicy;
 use crate::error::{Error, Result, nearest_hint};
-use crate::sparse::Selector;
+use crate::mixer::MixerSystem;
+use crate::sparse::{Domain, Selector};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -174,6 +175,8 @@ pub enum Law {
         /// Growth of `Work::flops`.
         flops: Growth,
     },
+    /// Mixer: gradients with respect to q, k, v, the layer's input and every parameter match finite differences.
+    Gradients,
     /// Cache: processing n tokens at once equals one by one.
     StepsAgree,
     /// Cache: bytes resident, measured from the allocations, equal the bytes declared.
@@ -205,6 +208,7 @@ impl fmt::Display for Law {
             Law::Work { pairs, flops } => {
                 write!(f, "work at default parameters: pairs {pairs}, operations with the estimator {flops}")
             }
+            Law::Gradients => f.write_str("gradients: match finite differences for inputs and parameters"),
             Law::StepsAgree => f.write_str("steps agree: many tokens at once equal one by one"),
             Law::BytesAsDeclared => f.write_str("bytes as declared: resident bytes equal the policy's own arithmetic"),
             Law::SmallerThanDense => {
@@ -316,6 +320,20 @@ pub enum System {
     Selector(Box<dyn Selector>),
     /// Chooses what the decode-time store keeps and reads.
     Cache(Box<dyn CachePolicy>),
+    /// Makes attention layers that change more than which keys are visited.
+    Mixer(Box<dyn MixerSystem>),
+}
+
+impl System {
+    /// What problems the system can serve as prefill or as a layer.
+    pub fn domain(&self) -> Domain {
+        match self {
+            System::Dense => Domain::ANY,
+            System::Selector(s) => s.domain(),
+            System::Cache(_) => Domain::CAUSAL,
+            System::Mixer(m) => m.domain(),
+        }
+    }
 }
 
 /// One published system.

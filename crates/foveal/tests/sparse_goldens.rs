@@ -1,10 +1,10 @@
-//! Masks and outputs of the sparse prefill systems against goldens/make_sparse_goldens.py.
+//! Masks and outputs of the sparse prefill systems against goldens/make_sparse*.py: every file goldens/sparse*.safetensors.
 
 use candle_core::{Device, Tensor};
 use foveal::prim::{AttendOptions, attend_selected};
 use foveal::sparse::mask::{dense_mask, density, is_disjoint};
 use foveal::sparse::run::NO_LAYER;
-use foveal::sparse::{HeadProblem, Mat, Precision};
+use foveal::sparse::{Grid, HeadProblem, Mat};
 use foveal::{Slot, Spec, System, registry};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -15,14 +15,26 @@ fn floats(t: &safetensors::tensor::TensorView) -> Vec<f32> {
 
 #[test]
 fn masks_equal_the_papers_definitions() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../goldens/sparse.safetensors");
-    let bytes = std::fs::read(path).expect("goldens/sparse.safetensors");
-    let file = SafeTensors::deserialize(&bytes).expect("a safetensors file");
-    let (_, header) = SafeTensors::read_metadata(&bytes).expect("a header");
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../goldens");
+    let mut cases = 0;
+    for entry in std::fs::read_dir(folder).expect("goldens") {
+        let path = entry.expect("an entry").path();
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        if name.starts_with("sparse") && name.ends_with(".safetensors") {
+            cases += check(&std::fs::read(&path).expect("a file"));
+        }
+    }
+    assert!(cases >= 45, "{cases} cases: a file is missing");
+}
+
+/// Check every case of a file; how many there are.
+fn check(bytes: &[u8]) -> usize {
+    let file = SafeTensors::deserialize(bytes).expect("a safetensors file");
+    let (_, header) = SafeTensors::read_metadata(bytes).expect("a header");
     let cases = &header.metadata().as_ref().expect("metadata")["cases"];
     let cases: Vec<Value> = serde_json::from_str(cases).expect("cases as JSON");
-    assert_eq!(cases.len(), 45);
-    for case in cases {
+    assert!(!cases.is_empty());
+    for case in &cases {
         let number = |name: &str| case[name].as_u64().expect("a size") as usize;
         let text = |name: &str| case[name].as_str().expect("a name").to_owned();
         let (tq, tk, d) = (number("tq"), number("tk"), number("d"));
@@ -36,14 +48,27 @@ fn masks_equal_the_papers_definitions() {
         };
         let scale = 1.0 / (d as f32).sqrt();
         let (qm, km) = (Mat::new(&q, tq, d, d), Mat::new(&k, tk, d, d));
-        let problem = HeadProblem { q: qm, k: km, scale, layer: NO_LAYER, head: 0, precision: Precision::F32 };
+        let or = |name: &str, or: usize| case[name].as_u64().map_or(or, |x| x as usize);
+        let causal = case["causal"].as_bool().unwrap_or(true);
+        let grid = case["grid"].as_array().map(|g| {
+            let at = |i: usize| g[i].as_u64().expect("a side") as usize;
+            Grid { first: at(0), t: at(1), h: at(2), w: at(3) }
+        });
+        let problem = HeadProblem {
+            layer: or("layer", NO_LAYER),
+            head: or("head", 0),
+            causal,
+            grid,
+            ..HeadProblem::new(qm, km, scale)
+        };
+        selector.domain().check(&label, causal, grid, tk).expect("a problem of the domain");
         let (selection, work) = selector.select(&problem).expect("a selection");
         assert_eq!(work.pairs, 0, "{label}");
-        assert!(is_disjoint(&selection, tq, tk), "{label}");
+        assert!(is_disjoint(&selection, tq, tk, causal), "{label}");
 
         let packed = tensor(&format!("{}.mask", text("name")));
         let width = packed.shape()[1];
-        let got = dense_mask(&selection, tq, tk);
+        let got = dense_mask(&selection, tq, tk, causal);
         let mut ones = 0;
         for i in 0..tq {
             for j in 0..tk {
@@ -52,16 +77,17 @@ fn masks_equal_the_papers_definitions() {
                 ones += u64::from(want);
             }
         }
-        let all = (tq * (tk - tq) + tq * (tq + 1) / 2) as f64;
-        assert!((density(&selection, tq, tk) - ones as f64 / all).abs() < 1e-12, "{label}");
+        let all = if causal { tq * (tk - tq) + tq * (tq + 1) / 2 } else { tq * tk } as f64;
+        assert!((density(&selection, tq, tk, causal) - ones as f64 / all).abs() < 1e-12, "{label}");
 
         let t = |x: &[f32], n: usize| Tensor::from_slice(x, (1, 1, n, d), &Device::Cpu).expect("a tensor");
-        let o = attend_selected(&t(&q, tq), &t(&k, tk), &t(&v, tk), &AttendOptions::causal(), vec![selection])
-            .expect("attention");
+        let options = AttendOptions { causal, ..AttendOptions::default() };
+        let o = attend_selected(&t(&q, tq), &t(&k, tk), &t(&v, tk), &options, vec![selection]).expect("attention");
         let o: Vec<f32> = o.out.flatten_all().and_then(|x| x.to_vec1()).expect("rows");
         let want = floats(&tensor(&format!("{}.out", text("name"))));
         for (a, b) in o[o.len() - want.len()..].iter().zip(&want) {
             assert!((a - b).abs() < 2e-5, "{label}: {a} for {b}");
         }
     }
+    cases.len()
 }

@@ -41,7 +41,7 @@ impl Case {
     }
     fn problem(&self) -> HeadProblem<'_> {
         let (q, k) = (Mat::new(&self.q, self.tq, self.d, self.d), Mat::new(&self.k, self.tk, self.d, self.d));
-        HeadProblem { q, k, scale: 1.0 / (self.d as f32).sqrt(), layer: NO_LAYER, head: 0, precision: Precision::F32 }
+        HeadProblem::new(q, k, 1.0 / (self.d as f32).sqrt())
     }
     fn select(&self, spec: &str) -> (HeadSelection, Work) {
         let spec: Spec = spec.parse().expect("a spec");
@@ -101,9 +101,9 @@ fn selections_fit_the_problem_see_their_own_key_and_are_disjoint() {
             if let Some(k) = &s.keys {
                 k.check(tq, tk).unwrap_or_else(|e| panic!("{spec} ({tq}, {tk}): {e}"));
             }
-            assert!(is_disjoint(&s, tq, tk), "{spec} ({tq}, {tk})");
+            assert!(is_disjoint(&s, tq, tk, true), "{spec} ({tq}, {tk})");
             assert_eq!((work.pairs, work.tiles), (0, 0), "{spec}: an estimate is not attention");
-            let mask = dense_mask(&s, tq, tk);
+            let mask = dense_mask(&s, tq, tk, true);
             for i in 0..tq {
                 assert_eq!(mask[i * tk + tk - tq + i], 1, "{spec} ({tq}, {tk}): query {i} misses its own key");
             }
@@ -116,7 +116,7 @@ fn selections_fit_the_problem_see_their_own_key_and_are_disjoint() {
 fn small_settings_leave_something_out() {
     let case = Case::new(300, 300, 12);
     for spec in SMALL {
-        let share = density(&case.select(spec).0, 300, 300);
+        let share = density(&case.select(spec).0, 300, 300, true);
         assert!((0.05..0.9).contains(&share), "{spec}: density {share}");
     }
 }
@@ -142,7 +142,7 @@ fn full_budgets_are_exact() {
         let exact = case.output(None);
         for spec in full {
             let (s, _) = case.select(spec);
-            assert_eq!(density(&s, tq, tk), 1.0, "{spec} ({tq}, {tk})");
+            assert_eq!(density(&s, tq, tk, true), 1.0, "{spec} ({tq}, {tk})");
             for (a, b) in case.output(Some(s)).iter().zip(&exact) {
                 assert!((a - b).abs() < 1e-5, "{spec} ({tq}, {tk}): {a} for {b}");
             }
@@ -158,7 +158,7 @@ fn the_first_layers_of_hip_attention_stay_dense() {
             panic!("{spec} is no selector")
         };
         let (selection, _) = s.select(&HeadProblem { layer, ..case.problem() }).expect("a selection");
-        density(&selection, 300, 300)
+        density(&selection, 300, 300, true)
     };
     let small = "hip-attention:k=32,block_size_q=16,window=20,sinks=5";
     assert_eq!([share(0, small), share(2, small)], [1.0, 1.0]);
@@ -178,10 +178,10 @@ fn a_prefix_selects_the_prefix() {
     ];
     let whole = Case::new(300, 300, 12);
     for (spec, unit) in units {
-        let mask = dense_mask(&whole.select(spec).0, 300, 300);
+        let mask = dense_mask(&whole.select(spec).0, 300, 300, true);
         for cut in [1, 31, 64, 77, 160, 299].map(|n: usize| n.next_multiple_of(unit)).into_iter().filter(|&n| n < 300) {
             let part = Case::new(cut, cut, 12);
-            let got = dense_mask(&part.select(spec).0, cut, cut);
+            let got = dense_mask(&part.select(spec).0, cut, cut, true);
             for i in 0..cut {
                 assert_eq!(got[i * cut..(i + 1) * cut], mask[i * 300..i * 300 + cut], "{spec} cut at {cut}, query {i}");
             }
@@ -200,10 +200,10 @@ fn chunks_aligned_to_the_blocks_select_as_the_whole() {
     let n = 300;
     let whole = Case::new(n, n, 12);
     for (spec, unit) in systems {
-        let mask = dense_mask(&whole.select(spec).0, n, n);
+        let mask = dense_mask(&whole.select(spec).0, n, n, true);
         let at = 100usize.next_multiple_of(unit);
         let chunk = Case { q: whole.q[at * 12..].to_vec(), tq: n - at, ..Case::new(n, n, 12) };
-        assert_eq!(dense_mask(&chunk.select(spec).0, n - at, n), mask[at * n..], "{spec} from query {at}");
+        assert_eq!(dense_mask(&chunk.select(spec).0, n - at, n, true), mask[at * n..], "{spec} from query {at}");
     }
 }
 
@@ -244,11 +244,11 @@ fn bf16_estimates_choose_nearly_the_same() {
             let p = HeadProblem { precision: Precision::Bf16, ..case.problem() };
             let (rounded, work) = s.select(&p).expect("a selection");
             let (exact, plain) = case.select(spec);
-            let (a, b) = (dense_mask(&rounded, tq, tk), dense_mask(&exact, tq, tk));
+            let (a, b) = (dense_mask(&rounded, tq, tk, true), dense_mask(&exact, tq, tk, true));
             let differ = a.iter().zip(&b).filter(|(a, b)| a != b).count();
             let seen = b.iter().filter(|&&x| x == 1).count();
             assert!(differ * 20 < seen, "{spec} ({tq}, {tk}): {differ} of {seen} pairs differ");
-            assert!(is_disjoint(&rounded, tq, tk), "{spec} ({tq}, {tk})");
+            assert!(is_disjoint(&rounded, tq, tk, true), "{spec} ({tq}, {tk})");
             // The search of a tree goes where its decisions lead; all other work is the same.
             if !spec.starts_with("hip") {
                 assert_eq!(work, plain, "{spec} ({tq}, {tk})");
@@ -261,7 +261,7 @@ fn bf16_estimates_choose_nearly_the_same() {
 fn block_q_of_moba_changes_no_result() {
     let case = Case::new(300, 300, 12);
     let masks: Vec<Vec<u8>> = [1, 7, 16, 64]
-        .map(|b| dense_mask(&case.select(&format!("moba:block_size=32,topk=3,block_q={b}")).0, 300, 300))
+        .map(|b| dense_mask(&case.select(&format!("moba:block_size=32,topk=3,block_q={b}")).0, 300, 300, true))
         .into();
     assert!(masks.windows(2).all(|w| w[0] == w[1]));
 }
@@ -294,7 +294,7 @@ fn linear_claims_hold_on_counters() {
     let pairs = |spec: &str, n: usize| {
         let case = Case::new(n, n, d);
         let (s, w) = case.select(spec);
-        (foveal::sparse::mask::pairs(&s, n, n) as f64, w.flops as f64)
+        (foveal::sparse::mask::pairs(&s, n, n, true) as f64, w.flops as f64)
     };
     for spec in ["hip-attention:k=32,window=32,sinks=4", "moba:block_size=32,topk=3"] {
         let (a, b) = (pairs(spec, 2048), pairs(spec, 4096));

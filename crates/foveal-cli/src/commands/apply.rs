@@ -6,7 +6,7 @@ use crate::cli::ApplyArgs;
 use crate::error::{CliError, Result};
 use crate::files;
 use candle_core::{DType, Device, Tensor};
-use foveal::apply::apply_prefill;
+use foveal::apply::{ApplyOptions, apply_prefill};
 use foveal::system::parse_value;
 use foveal::{Slot, Spec, registry};
 use safetensors::SafeTensors;
@@ -55,14 +55,18 @@ pub fn run(a: &ApplyArgs, ctx: &Context, out: &mut dyn Write) -> Result {
             )));
         }
     }
-    let done = apply_prefill(&spec.id, &system, &q, &k, &v, a.scale, a.causal)?;
+    let done = {
+        let options = ApplyOptions { scale: a.scale, causal: a.causal, grid: a.grid };
+        apply_prefill(&spec.id, system, &q, &k, &v, options)?
+    };
     if ctx.cancelled() {
         return Err(CliError::Arguments("interrupted; nothing was written".into()));
     }
     let d = q.dims().last().copied().unwrap_or(1);
     let scale = a.scale.unwrap_or(1.0 / (d as f32).sqrt());
 
-    let mut tensors = vec![("o", done.attended.out.contiguous()), ("lse", Ok(done.attended.lse.clone()))];
+    let mut tensors = vec![("o", done.out.contiguous())];
+    tensors.extend(done.lse.clone().map(|lse| ("lse", Ok(lse))));
     if a.mask {
         tensors.push(("mask", Ok(done.mask()?)));
     }
@@ -70,7 +74,7 @@ pub fn run(a: &ApplyArgs, ctx: &Context, out: &mut dyn Write) -> Result {
         tensors.into_iter().map(|(n, t)| Ok((n, t.map_err(foveal::Error::from)?))).collect::<Result<_>>()?;
     // One key: the order of several would differ from run to run.
     let about = json!({
-        "system": spec.to_string(), "causal": a.causal, "scale": scale, "version": env!("CARGO_PKG_VERSION"),
+        "system": spec.to_string(), "causal": a.causal, "grid": a.grid.map(|g| g.to_string()), "scale": scale, "version": env!("CARGO_PKG_VERSION"),
     });
     let note = HashMap::from([("foveal".to_string(), about.to_string())]);
     files::write_whole(&a.out, &serialise(&a.out, &tensors, note)?)?;
@@ -90,7 +94,7 @@ pub fn run(a: &ApplyArgs, ctx: &Context, out: &mut dyn Write) -> Result {
             "scale": scale,
             "random": seeded,
             "q": q.dims(), "k": k.dims(), "v": v.dims(),
-            "work": {"attend": work(done.attended.work), "select": work(done.select)},
+            "work": {"attend": work(done.work), "select": work(done.select)},
             "visited_pairs": visited,
             "dense_pairs": dense,
             "density": if dense == 0 { 0.0 } else { visited as f64 / dense as f64 },

@@ -9,7 +9,7 @@ use crate::progress::Progress;
 use foveal::Spec;
 use foveal::prim::kv::KvDtype;
 use foveal::sparse::minference::{Candidate, Pattern, SearchOptions, search};
-use foveal::sparse::{HeadProblem, Mat, Precision};
+use foveal::sparse::{HeadProblem, Mat};
 use foveal_llm::model::Recorded;
 use foveal_llm::plan::DENSE;
 use foveal_llm::{LogitsFor, Plan, PrefillOptions, Rule};
@@ -74,14 +74,9 @@ pub fn run(a: &PlanArgs, ctx: &Context, out: &mut dyn Write) -> Result {
                         return Ok(None);
                     }
                     let v = &prompt.kv[layer].v[r.head / group * t * d..];
-                    let problem = HeadProblem {
-                        q: Mat::new(&r.q, r.tq, r.d, r.d),
-                        k: Mat::new(&r.k, r.tk, r.d, r.d),
-                        scale: 1.0 / (d as f32).sqrt(),
-                        layer,
-                        head: r.head,
-                        precision: Precision::F32,
-                    };
+                    let (q, k) = (Mat::new(&r.q, r.tq, r.d, r.d), Mat::new(&r.k, r.tk, r.d, r.d));
+                    let scale = 1.0 / (d as f32).sqrt();
+                    let problem = HeadProblem { layer, head: r.head, ..HeadProblem::new(q, k, scale) };
                     let found = search(&problem, &Mat::new(v, t, d, d), &options)?;
                     Ok(Some(Choice { layer, head: r.head, best: found.best, sparse: found.tried[0].error }))
                 })

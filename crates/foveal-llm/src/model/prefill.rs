@@ -275,6 +275,8 @@ fn attend_chunk(
                         layer,
                         head,
                         precision,
+                        causal: true,
+                        grid: None,
                     };
                     match system {
                         Some(s) => s.select(&problem),

@@ -28,8 +28,8 @@ pub(super) fn check(card: &'static Card) -> Vec<(String, Finding)> {
             Law::SmallerThanDense => smaller(card),
             Law::Work { pairs, .. } => work(card, *pairs),
             Law::Monotone { param, values } => monotone(card, param, values),
-            // Causality is tested for every cache above.
-            Law::Causal | Law::CausalInBlocks(_) | Law::CausalMask => continue,
+            // Causality is tested for every cache above; a cache has no gradients.
+            Law::Causal | Law::CausalInBlocks(_) | Law::CausalMask | Law::Gradients => continue,
         };
         out.push((law_name(law), finding));
     }
@@ -40,7 +40,7 @@ fn policy(card: &Card, params: &[(&str, &str)]) -> Result<Box<dyn CachePolicy>, 
     match build(card, Slot::Cache, params).map_err(|e| e.to_string())? {
         System::Cache(p) => Ok(p),
         System::Dense => Ok(Box::new(DenseCache)),
-        System::Selector(_) => Err("built as a selector".into()),
+        System::Selector(_) | System::Mixer(_) => Err("built as a selector".into()),
     }
 }
 

@@ -6,6 +6,7 @@
 //! needed.
 
 mod cache;
+mod mixer;
 mod prefill;
 mod problem;
 
@@ -38,6 +39,7 @@ pub fn check(card: &'static Card) -> Vec<Outcome> {
         let findings = match slot {
             Slot::Prefill => prefill::check(card),
             Slot::Cache => cache::check(card),
+            Slot::Mixer => mixer::check(card),
             // An exact kernel is tested where it is used: in the prefill and cache slots.
             _ => continue,
         };
@@ -77,11 +79,17 @@ pub fn law_name(law: &Law) -> String {
             format!("exact-at({})", p.iter().map(|(k, v)| format!("{k}={v}")).collect::<Vec<_>>().join(","))
         }
         Law::Work { .. } => "work".into(),
+        Law::Gradients => "gradients".into(),
         Law::StepsAgree => "steps-agree".into(),
         Law::BytesAsDeclared => "bytes-as-declared".into(),
         Law::SmallerThanDense => "smaller-than-dense".into(),
         Law::Monotone { param, .. } => format!("monotone({param})"),
     }
+}
+
+/// All elements of a tensor.
+pub(crate) fn flat(t: &candle_core::Tensor) -> Result<Vec<f32>> {
+    Ok(t.flatten_all()?.to_vec1()?)
 }
 
 /// The card itself: parameters documented, defaults valid, text there.

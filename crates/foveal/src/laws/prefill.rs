@@ -1,12 +1,13 @@
 //! Laws of prefill systems.
 
 use super::problem::PrefillProblem;
-use super::{Finding, allowed, build, check_card, close, default_int, exponent, law_name};
+use super::{Finding, allowed, build, check_card, close, default_int, exponent, flat, law_name};
+use crate::mixer::{self, MixInput, MixerDims, Weights};
 use crate::prim::{AttendOptions, attend};
-use crate::sparse::Selector;
-use crate::sparse::run::{NO_LAYER, Prefilled, prefill};
+use crate::sparse::run::{At, prefill};
+use crate::sparse::{Domain, Grid, HeadSelection, Selector};
 use crate::system::{Card, Growth, Law, Slot, System};
-use candle_core::Tensor;
+use foveal_kernels::Work;
 
 /// [B, H, Hkv, Tq, Tk, D]: odd lengths, ragged chunks, grouped heads, one token.
 const SHAPES: [[usize; 6]; 7] = [
@@ -36,61 +37,131 @@ pub(super) fn check(card: &'static Card) -> Vec<(String, Finding)> {
             Law::ExactAt(params) => exact(card, params),
             Law::Work { pairs, flops } => work(card, *pairs, *flops),
             Law::Monotone { param, values } => monotone(card, param, values),
-            // Promises of the cache slot.
-            Law::StepsAgree | Law::BytesAsDeclared | Law::SmallerThanDense => continue,
+            // Promises of other slots.
+            Law::Gradients | Law::StepsAgree | Law::BytesAsDeclared | Law::SmallerThanDense => continue,
         };
         out.push((law_name(law), finding));
     }
     out
 }
 
-/// The card's system under `params`, run on a problem.
-fn run(card: &Card, params: &[(&str, &str)], p: &PrefillProblem) -> Result<Prefilled, String> {
-    let system = build(card, Slot::Prefill, params).map_err(|e| e.to_string())?;
-    let selector: Option<&dyn Selector> = match &system {
-        System::Selector(s) => Some(s.as_ref()),
-        System::Dense => None,
-        System::Cache(_) => return Err("built as a cache policy".into()),
-    };
-    let (q, k, v) = p.tensors().map_err(|e| e.to_string())?;
-    prefill(|_| selector, &q, &k, &v, &AttendOptions::causal(), NO_LAYER).map_err(|e| e.to_string())
+/// What a run gave.
+#[derive(PartialEq)]
+struct Run {
+    out: Vec<f32>,
+    dims: Vec<usize>,
+    /// None of systems that change the weights.
+    lse: Option<Vec<f32>>,
+    work: Work,
+    select: Work,
+    selections: Vec<HeadSelection>,
 }
 
-fn flat(t: &Tensor) -> Result<Vec<f32>, String> {
-    t.flatten_all().and_then(|t| t.to_vec1()).map_err(|e| e.to_string())
+/// A kind of problem: with a direction or without, on a grid or not.
+#[derive(Clone, Copy)]
+struct Kind {
+    causal: bool,
+    grid: Option<Grid>,
+}
+
+/// Problems of a domain: [`SHAPES`] and grids with and without text around them, with each direction it knows.
+fn problems(domain: Domain) -> Vec<([usize; 6], Kind)> {
+    let mut all = Vec::new();
+    for causal in [true, false].into_iter().filter(|&c| if c { domain.causal } else { domain.full }) {
+        if domain.grid {
+            let grid = |first, t, h, w| Some(Grid { first, t, h, w });
+            all.extend(
+                [
+                    ([1, 4, 2, 117, 117, 16], grid(0, 1, 9, 13)),
+                    ([2, 3, 1, 217, 217, 8], grid(3, 5, 7, 6)),
+                    ([1, 2, 2, 64, 64, 20], grid(0, 1, 1, 64)),
+                    ([1, 1, 1, 1, 1, 16], grid(0, 1, 1, 1)),
+                    ([1, 2, 1, 320, 320, 16], grid(0, 4, 8, 10)),
+                ]
+                .map(|(shape, grid)| (shape, Kind { causal, grid })),
+            );
+        } else {
+            let square = |s: &&[usize; 6]| causal || s[3] == s[4];
+            all.extend(SHAPES.iter().filter(square).map(|&s| (s, Kind { causal, grid: None })));
+        }
+    }
+    all
+}
+
+/// The kind and length of problem on which work and budgets are measured: about `t` tokens.
+fn long(domain: Domain, t: usize) -> (usize, Kind) {
+    let grid = domain.grid.then(|| Grid::new(t.div_ceil(256), 16, 16));
+    (grid.map_or(t, |g| g.tokens()), Kind { causal: domain.causal, grid })
+}
+
+fn domain(card: &Card, params: &[(&str, &str)]) -> Result<Domain, String> {
+    Ok(build(card, Slot::Prefill, params).map_err(|e| e.to_string())?.domain())
+}
+
+/// The card's system under `params`, run on a problem.
+fn run(card: &Card, params: &[(&str, &str)], p: &PrefillProblem, kind: Kind) -> Result<Run, String> {
+    let system = build(card, Slot::Prefill, params).map_err(|e| e.to_string())?;
+    try_run(card.id, system, p, kind).map_err(|e| e.to_string())
+}
+
+fn try_run(id: &str, system: System, p: &PrefillProblem, kind: Kind) -> crate::Result<Run> {
+    let (q, k, v) = p.tensors()?;
+    let selector: Option<Box<dyn Selector>> = match system {
+        System::Selector(s) => Some(s),
+        System::Mixer(_) => {
+            let [_, h, hkv, .., d] = p.shape;
+            let dims = MixerDims { kv_heads: hkv, grid: kind.grid, ..MixerDims::new(h, d, kind.causal) };
+            let m = mixer::layer(id, system, &dims, Weights::none().builder())?.mix(&MixInput::new(&q, &k, &v))?;
+            return Ok(Run {
+                dims: m.out.dims().to_vec(),
+                out: flat(&m.out)?,
+                lse: None,
+                work: m.work,
+                select: m.select,
+                selections: m.selections,
+            });
+        }
+        _ => None,
+    };
+    let options = AttendOptions { causal: kind.causal, ..AttendOptions::default() };
+    let at = At { grid: kind.grid, ..At::NOWHERE };
+    let p = prefill(|_| selector.as_deref(), &q, &k, &v, &options, at)?;
+    Ok(Run {
+        dims: p.attended.out.dims().to_vec(),
+        out: flat(&p.attended.out)?,
+        lse: Some(flat(&p.attended.lse)?),
+        work: p.attended.work,
+        select: p.select,
+        selections: p.selections,
+    })
 }
 
 fn basic(card: &Card) -> Finding {
-    for (i, shape) in SHAPES.into_iter().enumerate() {
+    for (i, (shape, kind)) in problems(domain(card, &[])?).into_iter().enumerate() {
         let p = PrefillProblem::new(shape, 1.0, 11 + i as u64);
-        let a = run(card, &[], &p).map_err(|e| format!("{shape:?}: {e}"))?;
+        let a = run(card, &[], &p, kind).map_err(|e| format!("{shape:?}: {e}"))?;
         let [b, h, _, tq, _, d] = shape;
-        if a.attended.out.dims() != [b, h, tq, d] {
-            return Err(format!("{shape:?}: output has shape {:?}", a.attended.out.dims()));
+        if a.dims != [b, h, tq, d] {
+            return Err(format!("{shape:?}: output has shape {:?}", a.dims));
         }
-        let x = flat(&a.attended.out)?;
-        if let Some(bad) = x.iter().find(|v| !v.is_finite()) {
+        if let Some(bad) = a.out.iter().find(|v| !v.is_finite()) {
             return Err(format!("{shape:?}: output holds {bad}"));
         }
-        let lse = flat(&a.attended.lse)?;
-        if let Some(row) = lse.iter().position(|v| !v.is_finite()) {
-            return Err(format!("{shape:?}: row {row} sees no key (lse {})", lse[row]));
+        if let Some(row) = a.lse.as_ref().and_then(|lse| lse.iter().position(|v| !v.is_finite())) {
+            return Err(format!("{shape:?}: row {row} sees no key"));
         }
-        let again = run(card, &[], &p)?;
-        if flat(&again.attended.out)? != x || again.selections != a.selections {
-            return Err(format!("{shape:?}: two runs on the same input differ"));
-        }
-        if again.attended.work != a.attended.work || again.select != a.select {
-            return Err(format!("{shape:?}: work counters of two runs differ"));
+        if run(card, &[], &p, kind)? != a {
+            return Err(format!("{shape:?}: two runs on the same input differ in output, selection or work"));
         }
     }
     Ok(())
 }
 
 fn extreme(card: &Card) -> Finding {
+    let (t, kind) = long(domain(card, &[])?, 200);
     for loud in [1e4, 0.0] {
-        let p = PrefillProblem::new([1, 2, 1, 200, 200, 16], loud, 5);
-        let x = flat(&run(card, &[], &p)?.attended.out)?;
+        let p = PrefillProblem::new([1, 2, 1, t, t, 16], loud, 5);
+        let x = run(card, &[], &p, kind)?.out;
         if let Some(bad) = x.iter().find(|v| !v.is_finite()) {
             return Err(format!("queries scaled by {loud}: output holds {bad}"));
         }
@@ -104,7 +175,10 @@ fn causal(card: &Card, block: usize, strict: bool) -> Finding {
     let t = (2 * block + 37).max(301);
     let [h, hkv, d] = [2, 1, 16];
     let p = PrefillProblem::new([1, h, hkv, t, t, d], 1.0, 23);
-    let full = flat(&run(card, &[], &p)?.attended.out)?;
+    // A grid inside the shortest prefix, so that prefixes have it too.
+    let grid = domain(card, &[])?.grid.then_some(Grid { first: 0, t: 1, h: 1, w: block });
+    let kind = Kind { causal: true, grid };
+    let full = run(card, &[], &p, kind)?.out;
     let rows = |x: &[f32], n: usize| -> Vec<f32> { x.chunks_exact(t * d).flat_map(|r| r[..n * d].to_vec()).collect() };
     let cuts = if block > 1 { vec![block, 2 * block] } else { vec![1, 64, 130, 300] };
     for cut in cuts {
@@ -114,11 +188,11 @@ fn causal(card: &Card, block: usize, strict: bool) -> Finding {
             PrefillProblem::scramble(&mut changed.k, t, d, cut, 2);
             PrefillProblem::scramble(&mut changed.q, t, d, cut, 3);
         }
-        let other = flat(&run(card, &[], &changed)?.attended.out)?;
+        let other = run(card, &[], &changed, kind)?.out;
         let what = format!("tokens from {cut} on changed, rows before it");
         close(&what, &rows(&other, cut), &rows(&full, cut), ROUNDING)?;
         if strict {
-            let short = flat(&run(card, &[], &p.prefix(cut))?.attended.out)?;
+            let short = run(card, &[], &p.prefix(cut), kind)?.out;
             close(&format!("prefix of {cut}"), &short, &rows(&full, cut), ROUNDING)?;
         }
     }
@@ -126,24 +200,28 @@ fn causal(card: &Card, block: usize, strict: bool) -> Finding {
 }
 
 fn exact(card: &Card, params: &[(&str, &str)]) -> Finding {
-    for (i, shape) in SHAPES.into_iter().enumerate() {
+    for (i, (shape, kind)) in problems(domain(card, params)?).into_iter().enumerate() {
         let p = PrefillProblem::new(shape, 1.0, 31 + i as u64);
-        let a = flat(&run(card, params, &p)?.attended.out)?;
-        let (q, k, v) = p.tensors().map_err(|e| e.to_string())?;
-        let dense = attend(&q, &k, &v, &AttendOptions::causal(), None).map_err(|e| e.to_string())?;
-        close(&format!("{shape:?} against exact attention"), &a, &flat(&dense.out)?, ROUNDING)?;
+        let a = run(card, params, &p, kind)?.out;
+        let options = AttendOptions { causal: kind.causal, ..AttendOptions::default() };
+        let dense = p.tensors().and_then(|(q, k, v)| flat(&attend(&q, &k, &v, &options, None)?.out));
+        close(&format!("{shape:?} against exact attention"), &a, &dense.map_err(|e| e.to_string())?, ROUNDING)?;
     }
     Ok(())
 }
 
 fn work(card: &Card, pairs: Growth, flops: Growth) -> Finding {
-    let at = |t: usize| run(card, &[], &PrefillProblem::new([1, 1, 1, t, t, 8], 1.0, 41));
+    let domain = domain(card, &[])?;
+    let at = |t: usize| {
+        let (t, kind) = long(domain, t);
+        run(card, &[], &PrefillProblem::new([1, 1, 1, t, t, 8], 1.0, 41), kind)
+    };
     let (half, full) = (at(16_384)?, at(32_768)?);
-    let e = exponent(half.attended.work.pairs, full.attended.work.pairs);
+    let e = exponent(half.work.pairs, full.work.pairs);
     if e > allowed(pairs) {
         return Err(format!("pairs grow as T^{e:.2}, declared {pairs:?}"));
     }
-    let total = |p: &Prefilled| p.attended.work.flops + p.select.flops;
+    let total = |p: &Run| p.work.flops + p.select.flops;
     let e = exponent(total(&half), total(&full));
     if e > allowed(flops) {
         return Err(format!("flops grow as T^{e:.2}, declared {flops:?}"));
@@ -152,10 +230,11 @@ fn work(card: &Card, pairs: Growth, flops: Growth) -> Finding {
 }
 
 fn monotone(card: &Card, param: &str, values: &[&str]) -> Finding {
-    let p = PrefillProblem::new([1, 2, 1, 1500, 1500, 16], 1.0, 51);
+    let (t, kind) = long(domain(card, &[])?, 1500);
+    let p = PrefillProblem::new([1, 2, 1, t, t, 16], 1.0, 51);
     let mut last = (0, "");
     for v in values {
-        let pairs = run(card, &[(param, v)], &p)?.attended.work.pairs;
+        let pairs = run(card, &[(param, v)], &p, kind)?.work.pairs;
         if pairs < last.0 {
             return Err(format!("{param}={v} visits {pairs} pairs, fewer than {} at {}", last.0, last.1));
         }

@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
 
 /// Standard normal numbers times `scale` (Box-Muller).
-fn normal(rng: &mut ChaCha8Rng, n: usize, scale: f32) -> Vec<f32> {
+pub(super) fn normal(rng: &mut ChaCha8Rng, n: usize, scale: f32) -> Vec<f32> {
     (0..n)
         .map(|_| {
             let (u, v): (f32, f32) = (rng.random_range(1e-7..1.0), rng.random());

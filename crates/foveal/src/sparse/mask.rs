@@ -37,14 +37,19 @@ fn key_part(s: &HeadSelection) -> Option<Part<'_>> {
     Some(Part { block_q: k.group, block_k: 1, indptr: &k.indptr, blocks: &k.keys, rows: None })
 }
 
-/// Call `f(first key, end of keys)` for every run of causally visible keys that query `i` of `tq`
+/// Keys that query `i` of `tq` may see of `tk`.
+fn visible(i: usize, tq: usize, tk: usize, causal: bool) -> usize {
+    if causal { tk - tq + i + 1 } else { tk }
+}
+
+/// Call `f(first key, end of keys)` for every run of visible keys that query `i` of `tq`
 /// visits. A pair named twice is reported twice.
-fn runs_of(selection: &HeadSelection, i: usize, tq: usize, tk: usize, mut f: impl FnMut(usize, usize)) {
-    let visible = tk - tq + i + 1;
+fn runs_of(selection: &HeadSelection, i: usize, [tq, tk]: [usize; 2], causal: bool, mut f: impl FnMut(usize, usize)) {
+    let visible = visible(i, tq, tk, causal);
     for part in block_part(selection).into_iter().chain(key_part(selection)) {
         let (qb, bit) = (i / part.block_q, i % part.block_q);
         for e in part.entries(qb) {
-            let keys = part.keys(e, visible.min(tk));
+            let keys = part.keys(e, visible);
             if !keys.is_empty() && part.rows.is_none_or(|r| r[e] >> bit & 1 == 1) {
                 f(keys.start, keys.end);
             }
@@ -53,39 +58,39 @@ fn runs_of(selection: &HeadSelection, i: usize, tq: usize, tk: usize, mut f: imp
 }
 
 /// [`runs_of`] every query, as `f(query, first key, end of keys)`.
-fn runs(selection: &HeadSelection, tq: usize, tk: usize, mut f: impl FnMut(usize, usize, usize)) {
+fn runs(selection: &HeadSelection, [tq, tk]: [usize; 2], causal: bool, mut f: impl FnMut(usize, usize, usize)) {
     for i in 0..tq {
-        runs_of(selection, i, tq, tk, |lo, hi| f(i, lo, hi));
+        runs_of(selection, i, [tq, tk], causal, |lo, hi| f(i, lo, hi));
     }
 }
 
-/// Write 1 to `row`, one element a key, where query `i` of `tq` attends to a causally visible key,
+/// Write 1 to `row`, one element a key, where query `i` of `tq` attends to a key that it may see,
 /// and 0 elsewhere.
-pub fn mask_row(selection: &HeadSelection, i: usize, tq: usize, row: &mut [u8]) {
+pub fn mask_row(selection: &HeadSelection, i: usize, tq: usize, causal: bool, row: &mut [u8]) {
     row.fill(0);
-    runs_of(selection, i, tq, row.len(), |lo, hi| row[lo..hi].fill(1));
+    runs_of(selection, i, [tq, row.len()], causal, |lo, hi| row[lo..hi].fill(1));
 }
 
-/// What the selection visits of a causal, bottom-right aligned problem as a (tq, tk) picture of 0
+/// What the selection visits of a problem (bottom-right aligned if causal) as a (tq, tk) picture of 0
 /// and 1. The only thing here that takes O(tq·tk) memory; for `apply --mask`, plots and tests.
-pub fn dense_mask(selection: &HeadSelection, tq: usize, tk: usize) -> Vec<u8> {
+pub fn dense_mask(selection: &HeadSelection, tq: usize, tk: usize, causal: bool) -> Vec<u8> {
     let mut out = vec![0u8; tq * tk];
-    runs(selection, tq, tk, |i, lo, hi| out[i * tk + lo..i * tk + hi].fill(1));
+    runs(selection, [tq, tk], causal, |i, lo, hi| out[i * tk + lo..i * tk + hi].fill(1));
     out
 }
 
-/// Causally visible (query, key) pairs that the selection names.
-pub fn pairs(selection: &HeadSelection, tq: usize, tk: usize) -> u64 {
+/// Visible (query, key) pairs that the selection names.
+pub fn pairs(selection: &HeadSelection, tq: usize, tk: usize, causal: bool) -> u64 {
     let mut n = 0;
-    runs(selection, tq, tk, |_, lo, hi| n += (hi - lo) as u64);
+    runs(selection, [tq, tk], causal, |_, lo, hi| n += (hi - lo) as u64);
     n
 }
 
-/// Pairs visited over causally visible pairs, 0 to 1; 1 for an empty problem. Masked pairs inside
+/// Pairs visited over visible pairs, 0 to 1; 1 for an empty problem. Masked pairs inside
 /// a visited tile do not count: see [`tile_pairs`] for what a kernel computes.
-pub fn density(selection: &HeadSelection, tq: usize, tk: usize) -> f64 {
-    let all = tq as u64 * (tk - tq) as u64 + tq as u64 * (tq as u64 + 1) / 2;
-    if all == 0 { 1.0 } else { pairs(selection, tq, tk) as f64 / all as f64 }
+pub fn density(selection: &HeadSelection, tq: usize, tk: usize, causal: bool) -> f64 {
+    let all: u64 = (0..tq).map(|i| visible(i, tq, tk, causal) as u64).sum();
+    if all == 0 { 1.0 } else { pairs(selection, tq, tk, causal) as f64 / all as f64 }
 }
 
 /// Pairs inside visited tiles, masked ones included, for the block part and the single-key part.
@@ -104,10 +109,10 @@ pub fn tile_pairs(selection: &HeadSelection, tq: usize, tk: usize) -> (u64, u64)
 
 /// Whether no (query, key) pair is named twice, which is what merging the block part and the
 /// single-key part by log-sum-exp needs.
-pub fn is_disjoint(selection: &HeadSelection, tq: usize, tk: usize) -> bool {
+pub fn is_disjoint(selection: &HeadSelection, tq: usize, tk: usize, causal: bool) -> bool {
     let mut seen = vec![false; tq * tk];
     let mut twice = false;
-    runs(selection, tq, tk, |i, lo, hi| {
+    runs(selection, [tq, tk], causal, |i, lo, hi| {
         for x in &mut seen[i * tk + lo..i * tk + hi] {
             twice |= std::mem::replace(x, true);
         }
@@ -133,16 +138,18 @@ mod tests {
             keys: Some(HeadKeys { group: 3, indptr: vec![0, 1], keys: vec![4] }),
         };
         let want = [1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1];
-        assert_eq!(dense_mask(&s, 3, 5), want);
+        assert_eq!(dense_mask(&s, 3, 5, true), want);
         let mut row = [9; 5];
-        mask_row(&s, 2, 3, &mut row);
+        mask_row(&s, 2, 3, true, &mut row);
         assert_eq!(row, want[10..]);
-        assert_eq!(pairs(&s, 3, 5), 8 + 1);
-        assert!(!is_disjoint(&s, 3, 5));
+        assert_eq!(pairs(&s, 3, 5, true), 8 + 1);
+        // Without a direction the keys of the last block count for every query that its bits name.
+        assert_eq!(dense_mask(&s, 3, 5, false), [1, 1, 1, 0, 1, 1, 1, 1, 0, 1, 0, 0, 0, 1, 1]);
+        assert!(!is_disjoint(&s, 3, 5, true));
         assert_eq!(tile_pairs(&s, 3, 5), (6 + 3 + 2, 3));
         let all = HeadSelection { blocks: Some(HeadTable::dense_causal(2, 2, 3, 5)), keys: None };
-        assert_eq!(density(&all, 3, 5), 1.0);
-        assert!(is_disjoint(&all, 3, 5));
-        assert_eq!(density(&HeadSelection::default(), 0, 0), 1.0);
+        assert_eq!(density(&all, 3, 5, true), 1.0);
+        assert!(is_disjoint(&all, 3, 5, true));
+        assert_eq!(density(&HeadSelection::default(), 0, 0, true), 1.0);
     }
 }

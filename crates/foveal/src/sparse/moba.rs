@@ -134,10 +134,11 @@ pub const CARD: Card = Card {
     authors: "Lu et al., 2025",
     arxiv: "2502.13189",
     family: Family::Sparse,
-    slots: &[Slot::Prefill],
+    slots: &[Slot::Prefill, Slot::Mixer],
     laws: &[
         Law::Causal,
         Law::ExactAt(&[("topk", "1000000000")]),
+        Law::Gradients,
         Law::Work { pairs: Growth::Quadratic, flops: Growth::Quadratic },
         Law::Monotone { param: "topk", values: &["1", "2", "3", "5", "9", "1000000"] },
     ],

@@ -2,6 +2,7 @@
 
 pub mod anchorattention;
 mod estimate;
+mod grid;
 pub mod hip_attention;
 pub mod mask;
 pub mod minference;
@@ -11,10 +12,11 @@ pub mod run;
 pub mod s2_attention;
 pub mod xattention;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 pub use crate::prim::gemm::Precision;
 use crate::system::Card;
 use foveal_kernels::{HeadKeys, HeadTable, Work};
+pub use grid::Grid;
 
 /// Cards of this family.
 pub const CARDS: &[&Card] = &[
@@ -55,8 +57,8 @@ impl<'a> Mat<'a> {
     }
 }
 
-/// Attention of one query head, as a selector sees it. Causal, bottom-right aligned:
-/// query i of `q.rows` sees keys up to `offset() + i`.
+/// Attention of one query head, as a selector sees it. A causal one is bottom-right aligned: query i of `q.rows` sees
+/// keys up to `offset() + i`; else every query sees every key.
 #[derive(Clone, Copy, Debug)]
 pub struct HeadProblem<'a> {
     /// Queries after rotation, (Tq, D).
@@ -72,22 +74,68 @@ pub struct HeadProblem<'a> {
     /// How exact products need to be. What is estimated in bf16 may differ in decisions that are
     /// close to a tie.
     pub precision: Precision,
+    /// Whether queries see no later keys.
+    pub causal: bool,
+    /// The token grid among the keys, if there is one.
+    pub grid: Option<Grid>,
 }
 
-impl HeadProblem<'_> {
+impl<'a> HeadProblem<'a> {
+    /// A causal problem in f32: head 0 of no model, no grid.
+    pub fn new(q: Mat<'a>, k: Mat<'a>, scale: f32) -> Self {
+        Self { q, k, scale, layer: run::NO_LAYER, head: 0, precision: Precision::F32, causal: true, grid: None }
+    }
     /// Keys before the first query.
     pub fn offset(&self) -> usize {
         self.k.rows - self.q.rows
     }
     /// Keys that query `i` may see: 0..visible(i).
     pub fn visible(&self, i: usize) -> usize {
-        self.offset() + i + 1
+        if self.causal { self.offset() + i + 1 } else { self.k.rows }
+    }
+}
+
+/// What problems a system can serve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Domain {
+    /// Causal ones.
+    pub causal: bool,
+    /// Those in which every query sees every key.
+    pub full: bool,
+    /// Whether it needs a token grid.
+    pub grid: bool,
+}
+
+impl Domain {
+    /// Causal attention of a sequence.
+    pub const CAUSAL: Self = Self { causal: true, full: false, grid: false };
+    /// Attention of a sequence, causal or not.
+    pub const ANY: Self = Self { causal: true, full: true, grid: false };
+    /// Attention without a direction.
+    pub const FULL: Self = Self { causal: false, full: true, grid: false };
+    /// Attention without a direction over a token grid.
+    pub const GRID: Self = Self { causal: false, full: true, grid: true };
+
+    /// Whether a problem of `tokens` keys is within; the error names what is not and the remedy.
+    pub fn check(&self, system: &str, causal: bool, grid: Option<Grid>, tokens: usize) -> Result<()> {
+        let bad = |message: &str| Err(Error::Param { system: system.into(), message: message.into() });
+        if causal && !self.causal {
+            return bad("causal = true: this system is for attention without a direction; set causal to false");
+        }
+        if !causal && !self.full {
+            return bad("causal = false: this system chooses among earlier keys only; leave causal at true");
+        }
+        match grid {
+            Some(grid) => grid.check(tokens),
+            None if self.grid => bad("no token grid: this system needs one, such as 8x16x16 frames, rows and columns"),
+            None => Ok(()),
+        }
     }
 }
 
 /// What one head visits: blocks, single keys, or both. The two parts must not share a
-/// (query, key) pair: their results are merged by log-sum-exp. Causality is applied by the
-/// kernels; a selection may name keys later than a query.
+/// (query, key) pair: their results are merged by log-sum-exp. Of a causal problem a selection may name
+/// keys later than a query: the kernels leave them out.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct HeadSelection {
     /// Key blocks per query block.
@@ -97,9 +145,15 @@ pub struct HeadSelection {
 }
 
 impl HeadSelection {
-    /// Everything causal.
+    /// Everything that the problem's queries may see.
     pub fn dense(p: &HeadProblem) -> Self {
-        Self { blocks: Some(HeadTable::dense_causal(128, 128, p.q.rows, p.k.rows)), keys: None }
+        let (tq, tk) = (p.q.rows, p.k.rows);
+        let blocks = if p.causal {
+            HeadTable::dense_causal(128, 128, tq, tk)
+        } else {
+            HeadTable::from_lists(128, 128, vec![(0..tk.div_ceil(128) as u32).collect(); tq.div_ceil(128)])
+        };
+        Self { blocks: Some(blocks), keys: None }
     }
 }
 
@@ -107,4 +161,9 @@ impl HeadSelection {
 pub trait Selector: Send + Sync {
     /// The selection and the work of making it (`pairs` stays 0: estimates are not attention).
     fn select(&self, p: &HeadProblem) -> Result<(HeadSelection, Work)>;
+
+    /// What problems it can serve. Callers check it before `select`.
+    fn domain(&self) -> Domain {
+        Domain::CAUSAL
+    }
 }

@@ -1,6 +1,6 @@
 //! Run selectors over all heads of a problem, then attend over what they chose.
 
-use super::{HeadProblem, HeadSelection, Mat, Precision, Selector};
+use super::{Grid, HeadProblem, HeadSelection, Mat, Selector};
 use crate::error::{Error, Result};
 use crate::prim::{AttendOptions, Attended, attend, attend_selected};
 use candle_core::Tensor;
@@ -10,6 +10,20 @@ use std::time::{Duration, Instant};
 
 /// The layer number of tensors that belong to no model: past every layer that a system treats apart.
 pub const NO_LAYER: usize = usize::MAX;
+
+/// Where attention takes place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct At {
+    /// Layer number, handed to the selectors.
+    pub layer: usize,
+    /// The token grid among the keys, if there is one.
+    pub grid: Option<Grid>,
+}
+
+impl At {
+    /// In no model, on no grid.
+    pub const NOWHERE: Self = Self { layer: NO_LAYER, grid: None };
+}
 
 /// Attention under a prefill system.
 pub struct Prefilled {
@@ -23,16 +37,18 @@ pub struct Prefilled {
     pub selections: Vec<HeadSelection>,
 }
 
-/// Causal attention of q (B, H, Tq, D) over k, v (B, H_kv, Tk, D): each query head by the selector
-/// that `system` names for it, `None` meaning exact attention. q and k are f32, and so are estimates.
-/// `layer` is handed to the selectors; [`NO_LAYER`] for tensors of no model.
+/// Attention of q (B, H, Tq, D) over k, v (B, H_kv, Tk, D): each query head by the selector
+/// that `system` names for it, `None` meaning exact attention. q and k are f32, and so are estimates. Gradients
+/// flow through the attention, not through the choice.
+///
+/// Errors: shapes that do not fit, a problem outside of a selector's [`super::Domain`].
 pub fn prefill<'s>(
     system: impl Fn(usize) -> Option<&'s dyn Selector> + Sync,
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
     options: &AttendOptions,
-    layer: usize,
+    at: At,
 ) -> Result<Prefilled> {
     let (b, h, tq, d) = q.dims4()?;
     let (_, hkv, tk, _) = k.dims4()?;
@@ -47,6 +63,9 @@ pub fn prefill<'s>(
     }
     if hkv == 0 || !h.is_multiple_of(hkv) {
         return Err(foveal_kernels::KernelError::Groups { op: "prefill", heads: h, kv_heads: hkv }.into());
+    }
+    for s in (0..h).filter_map(&system) {
+        s.domain().check("prefill", options.causal, at.grid, tk)?;
     }
     if tk < tq {
         return Err(Error::Shape {
@@ -66,12 +85,15 @@ pub fn prefill<'s>(
                     let (bi, hi) = (bh / h, bh % h);
                     let kh = hi / (h / hkv);
                     let problem = HeadProblem {
-                        q: Mat::new(&q[bi * qs[0] + hi * qs[1]..], tq, d, qs[2]),
-                        k: Mat::new(&k[bi * ks[0] + kh * ks[1]..], tk, d, ks[2]),
-                        scale,
-                        layer,
+                        layer: at.layer,
                         head: hi,
-                        precision: Precision::F32,
+                        causal: options.causal,
+                        grid: at.grid,
+                        ..HeadProblem::new(
+                            Mat::new(&q[bi * qs[0] + hi * qs[1]..], tq, d, qs[2]),
+                            Mat::new(&k[bi * ks[0] + kh * ks[1]..], tk, d, ks[2]),
+                            scale,
+                        )
                     };
                     match system(hi) {
                         Some(s) => s.select(&problem),
@@ -84,14 +106,13 @@ pub fn prefill<'s>(
     let select_time = start.elapsed();
     let select = chosen.iter().map(|c| c.1).sum();
     let selections: Vec<HeadSelection> = chosen.into_iter().map(|c| c.0).collect();
-    let options = AttendOptions { causal: true, ..options.clone() };
-    let attended = attend_selected(q, k, v, &options, selections.clone())?;
+    let attended = attend_selected(q, k, v, options, selections.clone())?;
     Ok(Prefilled { attended, select, select_time, selections })
 }
 
 /// Hand the f32 memory of a (B, H, T, D) tensor with contiguous rows, and its strides, to `f`.
 fn with_rows<R>(name: &'static str, t: &Tensor, f: impl FnOnce(&[f32], [usize; 3]) -> R) -> Result<R> {
-    let t = crate::prim::tensor::rows_contiguous("prefill", name, t)?;
+    let t = crate::prim::tensor::rows_contiguous("prefill", name, &t.detach())?;
     let (storage, layout) = t.storage_and_layout();
     let s = layout.stride();
     match &*storage {

@@ -120,15 +120,15 @@ fn build(params: &Params) -> Result<System> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sparse::Mat;
     use crate::sparse::mask::dense_mask;
     use crate::sparse::run::NO_LAYER;
-    use crate::sparse::{Mat, Precision};
 
     fn mask(config: &S2Attention, head: usize, layer: usize, tq: usize, tk: usize) -> Vec<u8> {
         let rows = vec![0f32; tk];
         let (q, k) = (Mat::new(&rows, tq, 1, 1), Mat::new(&rows, tk, 1, 1));
-        let p = HeadProblem { q, k, scale: 1.0, layer, head, precision: Precision::F32 };
-        dense_mask(&config.select(&p).unwrap().0, tq, tk)
+        let p = HeadProblem { layer, head, ..HeadProblem::new(q, k, 1.0) };
+        dense_mask(&config.select(&p).unwrap().0, tq, tk, true)
     }
 
     #[test]
