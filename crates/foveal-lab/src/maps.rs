@@ -109,7 +109,7 @@ mod tests {
     fn selections_are_causal_and_join_blocks_with_keys() {
         let t = HeadTable::from_lists(2, 2, vec![vec![0], vec![1]]);
         let k = HeadKeys::from_lists(4, vec![vec![0]]);
-        let m = selection(1, &HeadSelection { blocks: Some(t), keys: Some(k) }, 4, 4);
+        let m = selection(1, &HeadSelection::of_both(t, k), 4, 4);
         assert_eq!(m.cells, [255, 0, 0, 0, 255, 255, 0, 0, 255, 0, 255, 0, 255, 0, 255, 255]);
     }
 
@@ -117,7 +117,7 @@ mod tests {
     fn row_masks_count() {
         let mut t = HeadTable::from_lists(2, 2, vec![vec![0], vec![0, 1]]);
         t.rows = Some(vec![0b11, 0b10, 0b11]);
-        let m = selection(1, &HeadSelection { blocks: Some(t), keys: None }, 4, 4);
+        let m = selection(1, &HeadSelection::of_blocks(t), 4, 4);
         assert_eq!(m.cells[8..], [0, 0, 255, 0, 255, 255, 255, 255]);
     }
 

@@ -220,7 +220,7 @@ fn tables_and_lists() {
     });
     let selections = |rows| -> Vec<HeadSelection> {
         let both = tables(rows).heads.into_iter().zip(lists().heads);
-        both.map(|(t, l)| HeadSelection { blocks: Some(t), keys: Some(l) }).collect()
+        both.map(|(t, l)| HeadSelection::of_both(t, l)).collect()
     };
     check("both", &inputs(), |x| vec![attend_selected(&x[0], &x[1], &x[2], &o, selections(false)).unwrap().out]);
     // Row masks beside lists are merged, which has no backward pass and says so.

@@ -95,12 +95,7 @@ fn selections_fit_the_problem_see_their_own_key_and_are_disjoint() {
             "s2-attention",
         ]) {
             let (s, work) = case.select(spec);
-            if let Some(t) = &s.blocks {
-                t.check(tq, tk).unwrap_or_else(|e| panic!("{spec} ({tq}, {tk}): {e}"));
-            }
-            if let Some(k) = &s.keys {
-                k.check(tq, tk).unwrap_or_else(|e| panic!("{spec} ({tq}, {tk}): {e}"));
-            }
+            s.check(tq, tk).unwrap_or_else(|e| panic!("{spec} ({tq}, {tk}): {e}"));
             assert!(is_disjoint(&s, tq, tk, true), "{spec} ({tq}, {tk})");
             assert_eq!((work.pairs, work.tiles), (0, 0), "{spec}: an estimate is not attention");
             let mask = dense_mask(&s, tq, tk, true);

@@ -10,8 +10,9 @@
 
 use crate::error::{Error, Result};
 use crate::prim::conv::{WorkCell, cpu, flat, gradient, through};
+use crate::prim::permute::{Memory, Taken, take_rows};
 use crate::prim::tensor::{AnyView, cpu_view, rows, view};
-use crate::sparse::HeadSelection;
+use crate::sparse::{HeadSelection, TokenOrder};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Shape, Tensor};
 use foveal_kernels::{
     Attend, AttendGrads, Band, Bias, BiasGrad, BlockTable, CuSeqlens, Element, HeadKeys, HeadTable, Isa, KeyLists,
@@ -124,7 +125,7 @@ pub fn attend_indexed(
 /// Exact attention over what a selector chose, one [`HeadSelection`] per (batch, head): blocks and
 /// single keys in one pass. Where a head's blocks have row masks, or their queries and those of the
 /// key lists are no multiples of one another, the two are computed apart and merged by log-sum-exp (without
-/// gradients).
+/// gradients). Rows of heads with a token order are put in it before and back after.
 pub fn attend_selected(
     q: &Tensor,
     k: &Tensor,
@@ -132,8 +133,11 @@ pub fn attend_selected(
     options: &AttendOptions,
     selections: Vec<HeadSelection>,
 ) -> Result<Attended> {
+    if selections.iter().any(HeadSelection::is_ordered) {
+        return attend_ordered(q, k, v, options, selections);
+    }
     let tq = q.dims().get(2).copied().unwrap_or(0);
-    let any_keys = selections.iter().any(|s| s.keys.as_ref().is_some_and(|k| !k.keys.is_empty()));
+    let mut any_keys = selections.iter().any(|s| s.keys.as_ref().is_some_and(|k| !k.keys.is_empty()));
     let any_blocks = selections.iter().any(|s| s.blocks.as_ref().is_some_and(|b| !b.blocks.is_empty()));
     let mut tables = Vec::with_capacity(selections.len());
     let mut lists = Vec::with_capacity(selections.len());
@@ -148,6 +152,15 @@ pub fn attend_selected(
         .iter()
         .zip(&lists)
         .all(|(t, l)| t.rows.is_none() && (t.block_q.is_multiple_of(l.group) || l.group.is_multiple_of(t.block_q)));
+    if any_blocks && any_keys && !joint {
+        // A head that has single keys alone need not be computed apart: they are blocks of one key.
+        for (t, l) in tables.iter_mut().zip(&mut lists).filter(|(t, l)| t.blocks.is_empty() && !l.keys.is_empty()) {
+            let keys =
+                std::mem::replace(l, HeadKeys::from_lists(l.group, vec![Vec::new(); l.indptr.len().saturating_sub(1)]));
+            *t = HeadTable { block_q: l.group, block_k: 1, indptr: keys.indptr, blocks: keys.keys, rows: None };
+        }
+        any_keys = lists.iter().any(|l| !l.keys.is_empty());
+    }
     let (tables, lists) = (BlockTable { heads: tables }, KeyLists { heads: lists });
     match (any_blocks, any_keys) {
         (_, false) => attend(q, k, v, options, Some(&tables)),
@@ -155,6 +168,82 @@ pub fn attend_selected(
         (true, true) if joint => run("attend_selected", q, k, v, options, What::Both(&tables, &lists)),
         (true, true) => merge(&attend(q, k, v, options, Some(&tables))?, &attend_indexed(q, k, v, options, &lists)?),
     }
+}
+
+/// [`attend_selected`] where some head counts places of an order. What depends on positions cannot be served then.
+fn attend_ordered(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    o: &AttendOptions,
+    mut selections: Vec<HeadSelection>,
+) -> Result<Attended> {
+    const OP: &str = "attend_selected";
+    let positional = [
+        ("causal", o.causal),
+        ("window", o.window.is_some()),
+        ("band", o.band.is_some()),
+        ("bias", o.bias.is_some()),
+        ("cu_seqlens", o.cu_seqlens.is_some()),
+    ];
+    if let Some((name, _)) = positional.iter().find(|p| p.1) {
+        return Err(Error::Kernel(foveal_kernels::KernelError::Param {
+            op: OP,
+            name,
+            value: "given for heads whose tokens are put in another order".into(),
+            remedy: "leave it out, or use a selection without an order".into(),
+        }));
+    }
+    let ((b, h, tq, d), (_, hkv, tk, dv)) = (q.dims4()?, v.dims4()?);
+    if selections.len() != b * h {
+        let expected = format!("as many batches and heads as the {} selections", selections.len());
+        return Err(Error::Shape { op: OP, tensor: "q", shape: q.dims().to_vec(), expected });
+    }
+    if hkv == 0 || h % hkv != 0 {
+        return Err(foveal_kernels::KernelError::Groups { op: OP, heads: h, kv_heads: hkv }.into());
+    }
+    selections.iter().try_for_each(|s| s.check(tq, tk))?;
+    let orders: Vec<_> = selections.iter_mut().map(|s| (s.q_order.take(), s.k_order.take())).collect();
+    // One call has as many queries in all heads: shorter ones end with blocks that visit nothing.
+    let places = orders.iter().map(|o| o.0.as_ref().map_or(tq, TokenOrder::places)).max().unwrap_or(tq);
+    for s in &mut selections {
+        if let Some(t) = &mut s.blocks {
+            t.indptr.resize(places.div_ceil(t.block_q) + 1, t.blocks.len());
+        }
+        if let Some(k) = &mut s.keys {
+            k.indptr.resize(places.div_ceil(k.group) + 1, k.keys.len());
+        }
+    }
+    let at = |o: &Option<TokenOrder>| o.as_ref().map(|o| o.at().clone());
+    let queries = orders.iter().enumerate().map(|(head, o)| Taken { head, rows: at(&o.0) }).collect();
+    let back: Vec<_> = orders
+        .iter()
+        .enumerate()
+        .map(|(head, o)| Taken { head, rows: o.0.as_ref().map(|o| o.place().clone()) })
+        .collect();
+    let mut moved = b * h * (places * d + tq * dv);
+    let (mut k, mut v) = (k.clone(), v.clone());
+    if orders.iter().any(|o| o.1.is_some()) {
+        // Heads of a group share its keys if they share their order; else each gets keys of its own.
+        let group = h / hkv;
+        let alike = orders.chunks(group).all(|g| g.iter().all(|o| o.1 == g[0].1));
+        let keys: Vec<_> = orders
+            .iter()
+            .enumerate()
+            .step_by(if alike { group } else { 1 })
+            .map(|(bh, o)| Taken { head: bh / group, rows: at(&o.1) })
+            .collect();
+        moved += keys.len() * tk * (d + dv);
+        k = take_rows(OP, "k", &k, keys.clone(), tk, Memory::HeadsFirst)?;
+        v = take_rows(OP, "v", &v, keys, tk, Memory::HeadsFirst)?;
+    }
+    let size = q.dtype().size_in_bytes();
+    let q = take_rows(OP, "q", q, queries, places, Memory::HeadsFirst)?;
+    let Attended { out, lse, mut work } = attend_selected(&q, &k, &v, o, selections)?;
+    let lse = take_rows(OP, "lse", &lse.unsqueeze(3)?, back.clone(), tq, Memory::HeadsFirst)?.squeeze(3)?;
+    let out = take_rows(OP, "out", &out, back, tq, Memory::TokensFirst)?;
+    work.bytes += (2 * moved * size) as u64;
+    Ok(Attended { out, lse, work })
 }
 
 /// Combine two attention results of the same queries over disjoint keys. Refused where a part tracks

@@ -7,6 +7,7 @@ pub mod factor;
 pub mod feature;
 pub mod gemm;
 pub mod kv;
+pub(crate) mod permute;
 pub mod pool;
 pub mod recur;
 pub mod rope;

@@ -136,7 +136,7 @@ impl Selector for AnchorAttention {
             }
             lists.indptr.push(lists.keys.len());
         }
-        Ok((HeadSelection { blocks: Some(table), keys: Some(lists) }, work))
+        Ok((HeadSelection::of_both(table, lists), work))
     }
 }
 

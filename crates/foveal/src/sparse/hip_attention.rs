@@ -128,7 +128,7 @@ impl Selector for HipAttention {
             lists.keys.extend(near as u32..end as u32);
             lists.indptr.push(lists.keys.len());
         }
-        Ok((HeadSelection { blocks: None, keys: Some(lists) }, work))
+        Ok((HeadSelection::of_keys(lists), work))
     }
 }
 

@@ -1,6 +1,6 @@
 //! What a selection really visits: as a picture, and as a share of the causal pairs.
 
-use super::HeadSelection;
+use super::{HeadSelection, TokenOrder};
 
 /// One part of a selection as a block table; key lists are tables of one-key blocks.
 struct Part<'a> {
@@ -46,11 +46,21 @@ fn visible(i: usize, tq: usize, tk: usize, causal: bool) -> usize {
 /// visits. A pair named twice is reported twice.
 fn runs_of(selection: &HeadSelection, i: usize, [tq, tk]: [usize; 2], causal: bool, mut f: impl FnMut(usize, usize)) {
     let visible = visible(i, tq, tk, causal);
+    let place = selection.q_order.as_ref().map_or(i, |o| o.place()[i] as usize);
+    let key_at = selection.k_order.as_ref().map(TokenOrder::at);
     for part in block_part(selection).into_iter().chain(key_part(selection)) {
-        let (qb, bit) = (i / part.block_q, i % part.block_q);
+        let (qb, bit) = (place / part.block_q, place % part.block_q);
         for e in part.entries(qb) {
+            if part.rows.is_some_and(|r| r[e] >> bit & 1 == 0) {
+                continue;
+            }
+            if let Some(at) = key_at {
+                let keys = at[part.keys(e, tk)].iter().map(|&j| j as usize);
+                keys.filter(|&j| j < visible).for_each(|j| f(j, j + 1));
+                continue;
+            }
             let keys = part.keys(e, visible);
-            if !keys.is_empty() && part.rows.is_none_or(|r| r[e] >> bit & 1 == 1) {
+            if !keys.is_empty() {
                 f(keys.start, keys.end);
             }
         }
@@ -95,6 +105,7 @@ pub fn density(selection: &HeadSelection, tq: usize, tk: usize, causal: bool) ->
 
 /// Pairs inside visited tiles, masked ones included, for the block part and the single-key part.
 pub fn tile_pairs(selection: &HeadSelection, tq: usize, tk: usize) -> (u64, u64) {
+    let tq = selection.places(tq);
     let area = |t: Part| -> u64 {
         (0..t.indptr.len().saturating_sub(1))
             .map(|qb| {
@@ -136,6 +147,7 @@ mod tests {
                 rows: Some(vec![0b11, 0b10, 0b01]),
             }),
             keys: Some(HeadKeys { group: 3, indptr: vec![0, 1], keys: vec![4] }),
+            ..HeadSelection::default()
         };
         let want = [1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1];
         assert_eq!(dense_mask(&s, 3, 5, true), want);
@@ -147,9 +159,22 @@ mod tests {
         assert_eq!(dense_mask(&s, 3, 5, false), [1, 1, 1, 0, 1, 1, 1, 1, 0, 1, 0, 0, 0, 1, 1]);
         assert!(!is_disjoint(&s, 3, 5, true));
         assert_eq!(tile_pairs(&s, 3, 5), (6 + 3 + 2, 3));
-        let all = HeadSelection { blocks: Some(HeadTable::dense_causal(2, 2, 3, 5)), keys: None };
+        let all = HeadSelection::of_blocks(HeadTable::dense_causal(2, 2, 3, 5));
         assert_eq!(density(&all, 3, 5, true), 1.0);
         assert!(is_disjoint(&all, 3, 5, true));
         assert_eq!(density(&HeadSelection::default(), 0, 0, true), 1.0);
+    }
+
+    #[test]
+    fn orders_are_undone() {
+        // Queries 2, -, 0, 1 in blocks of two; keys 3, 1, 0, 2 in blocks of two: block 0 sees keys {3, 1}, 1 {0, 2}.
+        let order = |at: &[u32]| Some(TokenOrder::new(at.to_vec()).unwrap());
+        let s = HeadSelection::of_blocks(HeadTable::from_lists(2, 2, vec![vec![0], vec![1]]))
+            .in_order(order(&[2, TokenOrder::NONE, 0, 1]), order(&[3, 1, 0, 2]));
+        s.check(3, 4).unwrap();
+        assert_eq!(dense_mask(&s, 3, 4, false), [1, 0, 1, 0, 1, 0, 1, 0, 0, 1, 0, 1]);
+        assert_eq!((pairs(&s, 3, 4, false), tile_pairs(&s, 3, 4)), (6, (8, 0)));
+        assert!(is_disjoint(&s, 3, 4, false));
+        assert!(s.check(4, 4).is_err() && s.check(3, 5).is_err());
     }
 }

@@ -215,7 +215,7 @@ impl MInference {
             table.blocks.extend(list.iter().rev());
             table.indptr.push(table.blocks.len());
         }
-        (HeadSelection { blocks: Some(table), keys: Some(lists) }, work)
+        (HeadSelection::of_both(table, lists), work)
     }
 
     fn a_shape(&self, p: &HeadProblem) -> HeadSelection {
@@ -230,7 +230,7 @@ impl MInference {
                 (0..init).chain(near..end.div_ceil(b) as u32).collect()
             })
             .collect();
-        HeadSelection { blocks: Some(HeadTable::from_lists(b, b, lists)), keys: None }
+        HeadSelection::of_blocks(HeadTable::from_lists(b, b, lists))
     }
 
     fn block_sparse(&self, p: &HeadProblem) -> (HeadSelection, Work) {
@@ -252,7 +252,7 @@ impl MInference {
                 lists.push(topk(&row[..end], n.max(end - own)));
             }
         }
-        (HeadSelection { blocks: Some(HeadTable::from_lists(b, b, lists)), keys: None }, work)
+        (HeadSelection::of_blocks(HeadTable::from_lists(b, b, lists)), work)
     }
 
     /// The parameters that differ from the defaults, as a plan writes them.

@@ -105,7 +105,7 @@ impl Selector for Moba {
             }
             table.indptr.push(table.blocks.len());
         }
-        Ok((HeadSelection { blocks: Some(table), keys: None }, work))
+        Ok((HeadSelection::of_blocks(table), work))
     }
 }
 

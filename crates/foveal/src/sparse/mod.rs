@@ -7,6 +7,7 @@ pub mod hip_attention;
 pub mod mask;
 pub mod minference;
 pub mod moba;
+mod order;
 mod pattern;
 pub mod run;
 pub mod s2_attention;
@@ -17,6 +18,7 @@ pub use crate::prim::gemm::Precision;
 use crate::system::Card;
 use foveal_kernels::{HeadKeys, HeadTable, Work};
 pub use grid::Grid;
+pub use order::TokenOrder;
 
 /// Cards of this family.
 pub const CARDS: &[&Card] = &[
@@ -136,12 +138,20 @@ impl Domain {
 /// What one head visits: blocks, single keys, or both. The two parts must not share a
 /// (query, key) pair: their results are merged by log-sum-exp. Of a causal problem a selection may name
 /// keys later than a query: the kernels leave them out.
+///
+/// Where an order is given, tables and lists count places of that order instead of tokens, so that tokens far from
+/// one another in memory share a block. [`crate::prim::attend_selected`] puts rows in order before and back after;
+/// so far only for attention without a direction.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct HeadSelection {
     /// Key blocks per query block.
     pub blocks: Option<HeadTable>,
     /// Single keys per group of queries.
     pub keys: Option<HeadKeys>,
+    /// Order in which blocks and groups count queries; there may be places without a query.
+    pub q_order: Option<TokenOrder>,
+    /// Order in which blocks and lists count keys, a key at every place.
+    pub k_order: Option<TokenOrder>,
 }
 
 impl HeadSelection {
@@ -153,7 +163,55 @@ impl HeadSelection {
         } else {
             HeadTable::from_lists(128, 128, vec![(0..tk.div_ceil(128) as u32).collect(); tq.div_ceil(128)])
         };
-        Self { blocks: Some(blocks), keys: None }
+        Self::of_blocks(blocks)
+    }
+
+    /// Blocks alone.
+    pub fn of_blocks(table: HeadTable) -> Self {
+        Self { blocks: Some(table), ..Self::default() }
+    }
+
+    /// Single keys alone.
+    pub fn of_keys(keys: HeadKeys) -> Self {
+        Self { keys: Some(keys), ..Self::default() }
+    }
+
+    /// Blocks and single keys, which share no pair.
+    pub fn of_both(table: HeadTable, keys: HeadKeys) -> Self {
+        Self { blocks: Some(table), keys: Some(keys), ..Self::default() }
+    }
+
+    /// The same with its tables counting places of these orders.
+    pub fn in_order(self, q: Option<TokenOrder>, k: Option<TokenOrder>) -> Self {
+        Self { q_order: q, k_order: k, ..self }
+    }
+
+    /// Whether places are counted instead of tokens.
+    pub fn is_ordered(&self) -> bool {
+        self.q_order.is_some() || self.k_order.is_some()
+    }
+
+    /// Places of queries, of `tq` queries.
+    pub fn places(&self, tq: usize) -> usize {
+        self.q_order.as_ref().map_or(tq, TokenOrder::places)
+    }
+
+    /// Check tables, lists and orders against a problem of `tq` queries and `tk` keys.
+    pub fn check(&self, tq: usize, tk: usize) -> Result<()> {
+        let bad = |what: &str, o: &TokenOrder, n: usize| {
+            let message = format!("{} {what} at {} places for {n} {what}", o.tokens(), o.places());
+            Err(Error::Param { system: "token order".into(), message: message + "; build it for this problem" })
+        };
+        match (&self.q_order, &self.k_order) {
+            (Some(q), _) if q.tokens() != tq => return bad("queries", q, tq),
+            // A place without a key would be a key of zeros.
+            (_, Some(k)) if k.tokens() != tk || k.places() != tk => return bad("keys", k, tk),
+            _ => {}
+        }
+        let places = self.places(tq);
+        self.blocks.as_ref().map_or(Ok(()), |t| t.check(places, tk))?;
+        self.keys.as_ref().map_or(Ok(()), |k| k.check(places, tk))?;
+        Ok(())
     }
 }
 

@@ -77,7 +77,7 @@ impl Selector for S2Attention {
             let shard = first + sinks.saturating_sub(first).next_multiple_of(stride);
             (0..sinks).chain((shard..near).step_by(stride)).chain(near..own + 1).map(|b| b as u32)
         });
-        Ok((HeadSelection { blocks: Some(blocks), keys: None }, Work::default()))
+        Ok((HeadSelection::of_blocks(blocks), Work::default()))
     }
 }
 

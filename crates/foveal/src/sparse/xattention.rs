@@ -63,7 +63,7 @@ impl Selector for XAttention {
         let mut work = Work::default();
         if self.threshold >= 1.0 {
             let blocks = Some(HeadTable::dense_causal(b, b, tq, tk));
-            return Ok((HeadSelection { blocks, keys: None }, work));
+            return Ok((HeadSelection { blocks, ..HeadSelection::default() }, work));
         }
         // S consecutive key rows are one row of the reshaped keys; the queries of a few blocks,
         // reversed within each group of S, are the columns of one product.
@@ -115,7 +115,7 @@ impl Selector for XAttention {
                 lists.push(self.heaviest(&weight[..blocks], (off + r0) / b, &mut order));
             }
         }
-        Ok((HeadSelection { blocks: Some(HeadTable::from_lists(b, b, lists)), keys: None }, work))
+        Ok((HeadSelection::of_blocks(HeadTable::from_lists(b, b, lists)), work))
     }
 }
 
