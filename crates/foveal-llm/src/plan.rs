@@ -23,6 +23,7 @@ use crate::error::{LlmError, Result};
 use foveal::cache::CachePolicy;
 use foveal::cache::dense::DenseCache;
 use foveal::error::nearest_hint;
+use foveal::mixer::{Mixer, MixerDims, MixerSystem, Weights};
 use foveal::prim::kv::KvDtype;
 use foveal::sparse::Selector;
 use foveal::{Slot, Spec, System, registry};
@@ -66,10 +67,26 @@ pub struct Rule {
     pub cache: Option<Spec>,
 }
 
+/// What serves the prompt in one layer.
+pub enum LayerPrefill {
+    /// Per query head; `None` = exact.
+    Heads(Vec<Option<Arc<dyn Selector>>>),
+    /// All heads together.
+    Layer(LayerMixer),
+}
+
+/// A system that serves all heads of a layer together.
+pub struct LayerMixer {
+    /// The layer.
+    pub mixer: Arc<dyn Mixer>,
+    /// Whether it reads q and k before rotation.
+    pub before_rotation: bool,
+}
+
 /// A plan's systems, built for one model.
 pub struct Resolved {
-    /// Per layer, per query head; `None` = exact.
-    pub prefill: Vec<Vec<Option<Arc<dyn Selector>>>>,
+    /// Per layer.
+    pub prefill: Vec<LayerPrefill>,
     /// Per layer.
     pub cache: Vec<Arc<dyn CachePolicy>>,
     /// Per layer: the policy's spelling, for messages.
@@ -234,17 +251,20 @@ impl Plan {
         if self.version != VERSION {
             return Err(bad(format!("version = {} is not supported; this build reads {VERSION}", self.version)));
         }
-        let first = selector(&self.prefill)?;
+        let first = prefill_system(&self.prefill)?;
         let policy = cache_policy(&self.cache)?;
         let mut out = Resolved {
-            prefill: vec![vec![first; cfg.num_heads]; cfg.num_layers],
+            prefill: (0..cfg.num_layers).map(|l| first.layer(&self.prefill, cfg, l)).collect::<Result<_>>()?,
             cache: vec![policy; cfg.num_layers],
             cache_names: vec![self.cache.to_string(); cfg.num_layers],
         };
         for (i, r) in self.rules.iter().enumerate() {
             let place = format!("rule {}", i + 1);
             check_rule(&place, r)?;
-            let prefill = r.prefill.as_ref().map(selector).transpose()?;
+            let prefill = match &r.prefill {
+                Some(spec) => Some((spec, prefill_system(spec)?)),
+                None => None,
+            };
             let cache = r.cache.as_ref().map(cache_policy).transpose()?;
             for &l in &r.layers {
                 if l >= cfg.num_layers {
@@ -257,17 +277,27 @@ impl Plan {
                     out.cache[l] = c.clone();
                     out.cache_names[l] = spec.to_string();
                 }
-                let Some(p) = &prefill else { continue };
-                match &r.heads {
-                    None => out.prefill[l].fill(p.clone()),
-                    Some(heads) => {
+                let Some((spec, system)) = &prefill else { continue };
+                let all = system.layer(spec, cfg, l)?;
+                match (&r.heads, all) {
+                    (None, all) => out.prefill[l] = all,
+                    (Some(_), LayerPrefill::Layer(_)) => {
+                        return Err(bad(format!("{place}: {spec} serves whole layers; leave out heads")));
+                    }
+                    (Some(heads), LayerPrefill::Heads(all)) => {
+                        let LayerPrefill::Heads(row) = &mut out.prefill[l] else {
+                            return Err(bad(format!(
+                                "{place}: layer {l} is served as a whole by an earlier choice; give the heads' rule first a \
+                                 rule for the whole layer"
+                            )));
+                        };
                         for &h in heads {
-                            *out.prefill[l].get_mut(h).ok_or_else(|| {
+                            *row.get_mut(h).ok_or_else(|| {
                                 bad(format!(
                                     "{place}: head {h} is out of range; the model has query heads 0 to {}",
                                     cfg.num_heads.saturating_sub(1)
                                 ))
-                            })? = p.clone();
+                            })? = all.get(h).cloned().flatten();
                         }
                     }
                 }
@@ -289,12 +319,46 @@ impl Resolved {
     }
 }
 
-fn selector(spec: &Spec) -> Result<Option<Arc<dyn Selector>>> {
-    match registry::build(spec, Slot::Prefill)? {
-        System::Dense => Ok(None),
-        System::Selector(s) => Ok(Some(Arc::from(s))),
+/// A built prefill system, before it is spread over layers.
+enum Built {
+    Dense,
+    Selector(Arc<dyn Selector>),
+    Mixer(Arc<dyn MixerSystem>),
+}
+
+fn prefill_system(spec: &Spec) -> Result<Built> {
+    let system = registry::build(spec, Slot::Prefill)?;
+    system.domain().check(&spec.id, true, None, 0)?;
+    match system {
+        System::Dense => Ok(Built::Dense),
+        System::Selector(s) => Ok(Built::Selector(Arc::from(s))),
         System::Cache(_) => Err(bad(format!("{spec} is a cache policy; name it as cache, not as prefill"))),
-        System::Mixer(_) => Err(bad(format!("{spec} is an attention layer; it cannot yet serve a pretrained model"))),
+        System::Mixer(m) => Ok(Built::Mixer(Arc::from(m))),
+    }
+}
+
+impl Built {
+    /// What serves layer `l`.
+    fn layer(&self, spec: &Spec, cfg: &ModelConfig, l: usize) -> Result<LayerPrefill> {
+        Ok(match self {
+            Built::Dense => LayerPrefill::Heads(vec![None; cfg.num_heads]),
+            Built::Selector(s) => LayerPrefill::Heads(vec![Some(s.clone()); cfg.num_heads]),
+            Built::Mixer(m) => {
+                if cfg.window(l).is_some() {
+                    return Err(bad(format!(
+                        "{spec} knows no sliding window, which layer {l} of this model has; give that layer another system"
+                    )));
+                }
+                let dims = MixerDims {
+                    hidden: cfg.hidden_size,
+                    kv_heads: cfg.num_kv_heads,
+                    layer: l,
+                    ..MixerDims::new(cfg.num_heads, cfg.head_dim, true)
+                };
+                let mixer = m.layer(&dims, Weights::none().builder())?;
+                LayerPrefill::Layer(LayerMixer { mixer: Arc::from(mixer), before_rotation: m.reads_before_rotation() })
+            }
+        })
     }
 }
 

@@ -9,11 +9,12 @@ use super::{
     interrupted,
 };
 use crate::error::{LlmError, Result};
-use crate::plan::Resolved;
+use crate::plan::{LayerMixer, LayerPrefill, Resolved};
 use candle_core::{CpuStorage, Device, Storage, Tensor};
 use foveal::Work;
+use foveal::mixer::MixInput;
 use foveal::prim::rope::Rope;
-use foveal::prim::{AttendOptions, Attended, attend, attend_selected};
+use foveal::prim::{AttendOptions, attend, attend_selected};
 use foveal::sparse::{HeadProblem, HeadSelection, Mat, Precision, Selector};
 use half::bf16;
 use rayon::prelude::*;
@@ -34,7 +35,9 @@ struct Qkv {
 
 /// What one layer of one chunk returned.
 struct Chunk {
-    attended: Attended,
+    /// (1, H, Tq, D) f32, in (1, Tq, H, D) memory.
+    out: Tensor,
+    work: Work,
     select: Work,
     select_seconds: f64,
     selections: Vec<HeadSelection>,
@@ -123,16 +126,19 @@ impl Model {
                 let exact = part(&q, &k, &v)?;
                 let used = low.as_ref().map(|(q, k, v)| part(q, k, v)).transpose()?;
                 let attention = Instant::now();
-                let done = attend_chunk(&plan.prefill[l], &exact, used.as_ref(), &options, l)?;
+                let done = match &plan.prefill[l] {
+                    LayerPrefill::Heads(systems) => attend_chunk(systems, &exact, used.as_ref(), &options, l)?,
+                    LayerPrefill::Layer(m) => mix_chunk(m, &exact, &options, &tables, c.rope_dim / 2)?,
+                };
                 stats.attention_seconds += attention.elapsed().as_secs_f64();
                 stats.select_seconds += done.select_seconds;
-                stats.attend += done.attended.work;
+                stats.attend += done.work;
                 stats.select += done.select;
 
                 let probing = Instant::now();
                 if o.probe_rows > 0 {
                     for r in probed(o.probe_rows, t).filter(|r| (from..from + n).contains(r)) {
-                        let (e, m) = row_error(&q, &k, &v, &done.attended.out, r, r - from, &options)?;
+                        let (e, m) = row_error(&q, &k, &v, &done.out, r, r - from, &options)?;
                         error += e;
                         norm += m;
                     }
@@ -147,7 +153,7 @@ impl Model {
 
                 // The last layer's MLP is of use only where a hidden row is wanted.
                 let first = if l + 1 == c.num_layers { (t - wanted).max(from) } else { from };
-                let (storage, layout) = done.attended.out.storage_and_layout();
+                let (storage, layout) = done.out.storage_and_layout();
                 let Storage::Cpu(CpuStorage::F32(attended)) = &*storage else {
                     return Err(LlmError::Input { problem: "attention returned no f32 tensor on the CPU".into() });
                 };
@@ -253,8 +259,9 @@ fn attend_chunk(
 ) -> Result<Chunk> {
     let (q, k, v) = used.unwrap_or(exact);
     if systems.iter().all(Option::is_none) {
-        let attended = attend(q, k, v, options, None)?;
-        return Ok(Chunk { attended, select: Work::default(), select_seconds: 0.0, selections: Vec::new() });
+        let a = attend(q, k, v, options, None)?;
+        let (select, selections) = (Work::default(), Vec::new());
+        return Ok(Chunk { out: a.out, work: a.work, select, select_seconds: 0.0, selections });
     }
     // An estimate need not be more exact than the attention that it serves.
     let precision = if used.is_some() { Precision::Bf16 } else { Precision::F32 };
@@ -289,8 +296,49 @@ fn attend_chunk(
     let select_seconds = begin.elapsed().as_secs_f64();
     let select = chosen.iter().map(|c| c.1).sum();
     let selections: Vec<HeadSelection> = chosen.into_iter().map(|c| c.0).collect();
-    let attended = attend_selected(q, k, v, options, selections.clone())?;
-    Ok(Chunk { attended, select, select_seconds, selections })
+    let a = attend_selected(q, k, v, options, selections.clone())?;
+    Ok(Chunk { out: a.out, work: a.work, select, select_seconds, selections })
+}
+
+/// Attention of one chunk by a system that serves all heads together, in f32. Its choosing cannot be timed apart.
+fn mix_chunk(
+    m: &LayerMixer,
+    (q, k, v): &(Tensor, Tensor, Tensor),
+    options: &AttendOptions,
+    tables: &(Vec<f32>, Vec<f32>),
+    half: usize,
+) -> Result<Chunk> {
+    let before = match m.before_rotation {
+        true => Some((unrotated(q, k.dim(2)? - q.dim(2)?, tables, half)?, unrotated(k, 0, tables, half)?)),
+        false => None,
+    };
+    let input = MixInput {
+        scale: options.scale,
+        before_rotation: before.as_ref().map(|(q, k)| (q, k)),
+        ..MixInput::new(q, k, v)
+    };
+    let mixed = m.mixer.mix(&input)?;
+    // The engine reads rows of all heads together.
+    let out = mixed.out.transpose(1, 2)?.contiguous()?.transpose(1, 2)?;
+    Ok(Chunk { out, work: mixed.work, select: mixed.select, select_seconds: 0.0, selections: mixed.selections })
+}
+
+/// Rows (1, H, T, D) as they were before their rotation at positions from `first` on.
+fn unrotated(x: &Tensor, first: usize, (cos, sin): &(Vec<f32>, Vec<f32>), half: usize) -> Result<Tensor> {
+    let x = x.contiguous()?;
+    let (_, _, t, d) = x.dims4()?;
+    let back: Vec<f32> = sin.iter().map(|s| -s).collect();
+    let rows = with_slice(&x, |x| {
+        let mut rows = x.to_vec();
+        rows.par_chunks_exact_mut(t * d).for_each(|head| {
+            for (i, row) in head.chunks_exact_mut(d).enumerate() {
+                let at = (first + i) * half..(first + i + 1) * half;
+                Rope::rotate_row(row, &cos[at.clone()], &back[at]);
+            }
+        });
+        rows
+    })?;
+    Ok(Tensor::from_vec(rows, x.dims(), &Device::Cpu)?)
 }
 
 /// Hand a tensor's f32 memory from its first element on, and its strides, to `f`.
