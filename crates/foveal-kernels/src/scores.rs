@@ -121,6 +121,23 @@ pub fn column_max(x: &[f32], acc: &mut [f32], isa: Isa) {
     unsafe { column_max_isa(isa.min(Isa::detect()), x, acc) }
 }
 
+/// `acc[i] = max(acc[i], factor · x[j][i] + add[j])` over the rows j of x (add.len(), acc.len()). Panics
+/// unless the length of `acc` is a multiple of 16 and x has the rows.
+pub fn column_affine_max(x: &[f32], factor: f32, add: &[f32], acc: &mut [f32], isa: Isa) {
+    assert!(acc.len().is_multiple_of(TILE), "columns come in multiples of 16");
+    assert_eq!(x.len(), add.len() * acc.len(), "x has a row for each of add");
+    // SAFETY: the machine has `isa`; x has the rows, of a multiple of every lane count.
+    unsafe { column_affine_max_isa(isa.min(Isa::detect()), x, factor, add, acc) }
+}
+
+/// `out[i]` = row i of a · row i of b, of `width` elements; rows are `strides` apart. Panics if one is too short.
+pub fn row_dots(a: &[f32], b: &[f32], strides: [usize; 2], width: usize, out: &mut [f32], isa: Isa) {
+    let need = |stride: usize| out.len().checked_sub(1).map_or(0, |n| n * stride + width);
+    assert!(a.len() >= need(strides[0]) && b.len() >= need(strides[1]), "fewer rows than products");
+    // SAFETY: the machine has `isa`; both have the rows.
+    unsafe { row_dots_isa(isa.min(Isa::detect()), a, b, strides, width, out) }
+}
+
 /// `x[j][i] = e^{x[j][i] − top[i]}` for x (rows, top.len()), and `sum[i] += x[j][i]`. Entries are at
 /// most `top`, or −∞, which gives 0. Panics unless the lengths agree and are a multiple of 16.
 pub fn column_exp(x: &mut [f32], top: &[f32], sum: &mut [f32], isa: Isa) {
@@ -139,6 +156,8 @@ pub fn group_max(x: &[f32], width: usize, group: usize, out: &mut [f32], isa: Is
 }
 
 with_isa!(simd, unsafe fn column_max_isa => column_max_on(x: &[f32], acc: &mut [f32]));
+with_isa!(simd, unsafe fn column_affine_max_isa => column_affine_max_on(x: &[f32], factor: f32, add: &[f32], acc: &mut [f32]));
+with_isa!(simd, unsafe fn row_dots_isa => row_dots_on(a: &[f32], b: &[f32], strides: [usize; 2], width: usize, out: &mut [f32]));
 with_isa!(simd, unsafe fn column_exp_isa => column_exp_on(x: &mut [f32], top: &[f32], sum: &mut [f32]));
 with_isa!(simd, unsafe fn group_max_isa => group_max_on(x: &[f32], group: usize, out: &mut [f32]));
 
@@ -161,6 +180,38 @@ unsafe fn column_max_on<S: Simd>(x: &[f32], acc: &mut [f32]) {
                 m[0] = S::max(m[0], S::load(p.add(j * w)));
             }
             S::store(acc.as_mut_ptr().add(i), S::max(S::max(m[0], m[1]), S::max(m[2], m[3])));
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn column_affine_max_on<S: Simd>(x: &[f32], factor: f32, add: &[f32], acc: &mut [f32]) {
+    let w = acc.len();
+    for i in (0..w).step_by(S::LANES) {
+        // SAFETY: `w` is a multiple of LANES and x has a row of `w` for each of `add`.
+        unsafe {
+            let (f, mut m) = (S::splat(factor), S::load(acc.as_ptr().add(i)));
+            let p = x.as_ptr().add(i);
+            for (j, &a) in add.iter().enumerate() {
+                m = S::max(S::fma(f, S::load(p.add(j * w)), S::splat(a)), m);
+            }
+            S::store(acc.as_mut_ptr().add(i), m);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn row_dots_on<S: Simd>(a: &[f32], b: &[f32], strides: [usize; 2], width: usize, out: &mut [f32]) {
+    let whole = width / S::LANES * S::LANES;
+    for (i, o) in out.iter_mut().enumerate() {
+        let (a, b) = (&a[i * strides[0]..][..width], &b[i * strides[1]..][..width]);
+        // SAFETY: `whole` is a multiple of LANES and at most the length of both.
+        unsafe {
+            let mut s = S::splat(0.0);
+            for c in (0..whole).step_by(S::LANES) {
+                s = S::fma(S::load(a.as_ptr().add(c)), S::load(b.as_ptr().add(c)), s);
+            }
+            *o = S::sum(s) + a[whole..].iter().zip(&b[whole..]).map(|(x, y)| x * y).sum::<f32>();
         }
     }
 }

@@ -1,7 +1,9 @@
 //! Products and reductions of estimators against plain loops.
 
 use foveal_kernels::Isa;
-use foveal_kernels::scores::{Bf16Columns, Bf16Rows, column_exp, column_max, group_max, product};
+use foveal_kernels::scores::{
+    Bf16Columns, Bf16Rows, column_affine_max, column_exp, column_max, group_max, product, row_dots,
+};
 use half::bf16;
 
 fn noise(n: usize, seed: u64) -> Vec<f32> {
@@ -91,6 +93,13 @@ fn reductions_equal_plain_loops_on_every_isa() {
                 let want = (0..rows).map(|j| x[j * w + i]).fold(-0.9, f32::max);
                 assert_eq!(top[i], want, "{isa} {rows} x {w}");
             }
+            let add = noise(rows, 4);
+            let mut best = vec![-0.9f32; w];
+            column_affine_max(&x, 0.7, &add, &mut best, isa);
+            for i in 0..w {
+                let want = (0..rows).map(|j| 0.7 * x[j * w + i] + add[j]).fold(-0.9, f32::max);
+                assert!((best[i] - want).abs() < 1e-6, "{isa} {rows} x {w}");
+            }
             let (mut e, mut sum) = (x.clone(), vec![0.5f32; w]);
             column_exp(&mut e, &top, &mut sum, isa);
             for i in 0..w {
@@ -109,6 +118,21 @@ fn reductions_equal_plain_loops_on_every_isa() {
                     let part = &x[g * group * w..(g + 1) * group * w];
                     assert_eq!(*b, part.iter().copied().fold(f32::NEG_INFINITY, f32::max), "{isa} group {group}");
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn row_dots_equal_plain_sums_on_every_isa() {
+    for isa in Isa::available() {
+        for (rows, width, [left, right]) in [(0, 4, [4, 4]), (1, 7, [7, 9]), (5, 64, [64, 80]), (3, 21, [40, 21])] {
+            let (a, b) = (noise(rows * left, 5), noise(rows * right, 6));
+            let mut out = vec![0f32; rows];
+            row_dots(&a, &b, [left, right], width, &mut out, isa);
+            for (i, o) in out.iter().enumerate() {
+                let want: f64 = (0..width).map(|c| f64::from(a[i * left + c]) * f64::from(b[i * right + c])).sum();
+                assert!((f64::from(*o) - want).abs() < 1e-5, "{isa} row {i}: {o} for {want}");
             }
         }
     }

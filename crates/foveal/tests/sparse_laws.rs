@@ -67,7 +67,7 @@ impl Case {
 }
 
 /// Every system at sizes small enough to leave something out of a few hundred keys.
-const SMALL: [&str; 9] = [
+const SMALL: [&str; 13] = [
     "minference:max_share=0.2,sinks=3,recent=9,last_q=20,block_size=16",
     "minference:pattern=a-shape,init=9,local=30,block_size=16",
     "minference:pattern=block-sparse,max_share=0.2,block_size=16",
@@ -77,6 +77,10 @@ const SMALL: [&str; 9] = [
     "anchorattention:block_size=16,step=3,theta=1",
     "anchorattention:block_size=16,step=1,theta=1,init_blocks=0",
     "s2-attention:block_size=16,local_blocks=2,vert_stride=3",
+    "dhsa:topk=48,block_size=16,local=24,global=8,dense_last=0,min_chunk=3,max_chunk=9,window=4",
+    "routing-transformer:clusters=9,iterations=3,local=20",
+    "sale:threshold=0.3,block_q=16,block_k=8,sinks=8,local=20",
+    "superlinear:spans=2,window_index=3,backward=2,forward=1,block_k=4",
 ];
 
 const SHAPES: [(usize, usize); 10] =
@@ -93,6 +97,12 @@ fn selections_fit_the_problem_see_their_own_key_and_are_disjoint() {
             "moba",
             "anchorattention",
             "s2-attention",
+            "dhsa",
+            "routing-transformer",
+            "sale",
+            "superlinear",
+            "superlinear:window_index=0,spans=0,block_q=64,block_k=1",
+            "dhsa:topk=0,block_size=5,local=5,global=0,min_chunk=1,max_chunk=1",
         ]) {
             let (s, work) = case.select(spec);
             s.check(tq, tk).unwrap_or_else(|e| panic!("{spec} ({tq}, {tk}): {e}"));
@@ -131,6 +141,13 @@ fn full_budgets_are_exact() {
         "anchorattention:theta=1000000,block_size=16,step=2",
         "s2-attention:vert_stride=1",
         "s2-attention:block_size=16,local_blocks=1000000",
+        "dhsa:topk=1000000",
+        "dhsa:topk=0,local=64,dense_last=1000000",
+        "routing-transformer:clusters=1",
+        "routing-transformer:clusters=5,local=1000000",
+        "sale:threshold=0",
+        "superlinear:spans=1000000,window_index=1",
+        "superlinear:spans=1000000,window_index=2,backward=2,forward=0,block_k=1,block_q=33",
     ];
     for (tq, tk) in SHAPES {
         let case = Case::new(tq, tk, 12);
@@ -170,6 +187,7 @@ fn a_prefix_selects_the_prefix() {
         ("moba:block_size=32,topk=2", 1),
         ("moba:block_size=32,topk=3,block_q=64", 1),
         ("anchorattention:block_size=16,step=3,theta=1", 48),
+        ("superlinear:spans=2,window_index=3", 1),
     ];
     let whole = Case::new(300, 300, 12);
     for (spec, unit) in units {
@@ -191,6 +209,7 @@ fn chunks_aligned_to_the_blocks_select_as_the_whole() {
         ("hip-attention:k=32,block_size_q=16,window=20,sinks=5", 16),
         ("moba:block_size=32,topk=2", 1),
         ("anchorattention:block_size=16,step=3,theta=1", 48),
+        ("superlinear:spans=2,window_index=3,block_k=4", 1),
     ];
     let n = 300;
     let whole = Case::new(n, n, 12);
@@ -314,6 +333,11 @@ fn parameters_are_checked() {
         "minference:pattern=diagonal",
         "minference:max_share=2",
         "minference:slash_size=-1",
+        "dhsa:local=3",
+        "dhsa:min_chunk=0",
+        "routing-transformer:local=0",
+        "sale:threshold=-1",
+        "superlinear:backward=-2",
     ] {
         let spec: Spec = bad.parse().expect("a spec");
         let name = bad.split([':', '=']).nth(1).expect("a name");

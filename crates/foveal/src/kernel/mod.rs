@@ -3,6 +3,7 @@
 use crate::system::Card;
 
 pub mod flashattention_2;
+pub mod fsa_nsa_kernel;
 
 /// Cards of this family.
-pub const CARDS: &[&Card] = &[&flashattention_2::CARD];
+pub const CARDS: &[&Card] = &[&flashattention_2::CARD, &fsa_nsa_kernel::CARD];

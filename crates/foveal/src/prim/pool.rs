@@ -9,6 +9,18 @@ pub fn column_max(x: &[f32], top: &mut [f32]) {
     scores::column_max(x, top, Isa::active());
 }
 
+/// `top[i] = max(top[i], factor · x[j][i] + add[j])` over the rows j of `x`, one for each of `add`, `top.len()`
+/// entries apart.
+pub fn column_affine_max(x: &[f32], factor: f32, add: &[f32], top: &mut [f32]) {
+    scores::column_affine_max(x, factor, add, top, Isa::active());
+}
+
+/// `out[i]` = row i of `a` · row i of `b`, rows of `width` elements, `a_stride` and `b_stride` apart: each
+/// query with a key of its own, where a product of all with all would waste most of itself.
+pub fn row_dots(a: &[f32], a_stride: usize, b: &[f32], b_stride: usize, width: usize, out: &mut [f32]) {
+    scores::row_dots(a, b, [a_stride, b_stride], width, out, Isa::active());
+}
+
 /// `x[j][i] = e^{x[j][i] − top[i]}`, and `sum[i] += x[j][i]`: with `top` from [`column_max`], the
 /// softmax over keys but for the factor `1/sum[i]`. −∞ gives 0.
 pub fn column_exp(x: &mut [f32], top: &[f32], sum: &mut [f32]) {

@@ -28,6 +28,7 @@ use candle_core::{Device, Tensor};
 use foveal_kernels::{HeadKeys, HeadTable, Work};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::ops::Range;
 
 /// What a head visits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -148,74 +149,60 @@ impl Selector for MInference {
 
 impl MInference {
     fn vertical_slash(&self, p: &HeadProblem) -> (HeadSelection, Work) {
-        let (tq, tk, d, off) = (p.q.rows, p.k.rows, p.q.cols, p.offset());
-        let mut work = Work::default();
-        let vertical_size = size(self.vertical_size, tk, self.max_share);
-        let slash_size = size(self.slash_size, tk, self.max_share);
-        let (columns, diagonals) = if vertical_size >= tk || slash_size >= tk {
+        let (tq, tk) = (p.q.rows, p.k.rows);
+        let (vertical, slash) =
+            (size(self.vertical_size, tk, self.max_share), size(self.slash_size, tk, self.max_share));
+        if vertical >= tk || slash >= tk {
             // All columns, or all diagonals, are everything: nothing to estimate.
-            (Vec::new(), (0..tk as u32).collect())
-        } else {
-            let m = self.last_q.min(tq);
-            let k = Rows::of(&p.k, 1, p.precision);
-            let mut q = Columns::new(m, 1, d, p.scale, p.precision);
-            q.fill(m, |i, _| Some(p.q.row(tq - m + i)));
-            let mut scores = Vec::new();
-            work.flops += gemm::scores(&k, 0..tk, &q, &mut scores);
-            work.bytes += bytes(m + tk, d);
-            let stride = q.stride();
-            let scores = &mut scores[..tk * stride];
-            let before = tk - m;
-            hide(scores, stride, m, |i| before + i + 1);
-            let mut top = vec![f32::NEG_INFINITY; stride];
-            column_max(scores, &mut top);
-            let mut inv = vec![0f32; stride];
-            column_exp(scores, &top, &mut inv);
-            inv.iter_mut().for_each(|s| *s = 1.0 / *s);
-            let mut vertical = vec![0f32; tk];
-            let mut slash = vec![0f32; tk];
-            for (j, (row, v)) in scores.chunks_exact(stride).zip(&mut vertical).enumerate() {
+            let all = Lines { columns: Vec::new(), diagonals: (0..tk as u32).collect(), keys: 0..tk };
+            return (cover(self.block_size, [tq, tk], |_, _| [&all]), Work::default());
+        }
+        let (lines, work) = self.lines(p, self.last_q, std::slice::from_ref(&(0..tk)));
+        (cover(self.block_size, [tq, tk], |_, _| &lines), work)
+    }
+
+    /// The heaviest columns and diagonals of each of these ranges of keys, as the last `last_q` queries weigh them; a size
+    /// that is a share is one of the range's columns, or of all diagonals.
+    pub(super) fn lines(&self, p: &HeadProblem, last_q: usize, ranges: &[Range<usize>]) -> (Vec<Lines>, Work) {
+        let (tq, tk, d) = (p.q.rows, p.k.rows, p.q.cols);
+        let mut work = Work::default();
+        let m = last_q.min(tq);
+        let k = Rows::of(&p.k, 1, p.precision);
+        let mut q = Columns::new(m, 1, d, p.scale, p.precision);
+        q.fill(m, |i, _| Some(p.q.row(tq - m + i)));
+        let mut scores = Vec::new();
+        work.flops += gemm::scores(&k, 0..tk, &q, &mut scores);
+        work.bytes += bytes(m + tk, d);
+        let stride = q.stride();
+        let scores = &mut scores[..tk * stride];
+        let before = tk - m;
+        hide(scores, stride, m, |i| before + i + 1);
+        let mut top = vec![f32::NEG_INFINITY; stride];
+        column_max(scores, &mut top);
+        let mut inv = vec![0f32; stride];
+        column_exp(scores, &top, &mut inv);
+        inv.iter_mut().for_each(|s| *s = 1.0 / *s);
+        let mut vertical = vec![0f32; tk];
+        let mut slash = vec![0f32; tk];
+        let of = |keys: &Range<usize>| {
+            slash.fill(0.0);
+            let rows = scores.chunks_exact(stride).enumerate().take(keys.end).skip(keys.start);
+            for ((j, row), v) in rows.zip(&mut vertical[keys.clone()]) {
                 // Column i is the query at position before + i: diagonals of a key are consecutive.
                 let first = j.saturating_sub(before);
                 *v = spread(&row[first..m], &inv[first..m], &mut slash[before + first - j..]);
             }
-            work.flops += ((SOFTMAX_FLOPS + 3) * (m * before + m * (m + 1) / 2)) as u64;
             vertical[..self.sinks.min(tk)].fill(f32::INFINITY);
             slash[..self.recent.max(1).min(tk)].fill(f32::INFINITY);
-            (topk(&vertical, vertical_size.max(self.sinks)), topk(&slash, slash_size.max(self.recent.max(1))))
+            let n = keys.len();
+            let columns = size(self.vertical_size, n, self.max_share).max(self.sinks.saturating_sub(keys.start).min(n));
+            let columns = topk(&vertical[keys.clone()], columns).into_iter().map(|j| j + keys.start as u32).collect();
+            let diagonals = size(self.slash_size, tk, self.max_share).max(self.recent.max(1));
+            Lines { columns, diagonals: topk(&slash, diagonals), keys: keys.clone() }
         };
-        let b = self.block_size;
-        let nq = tq.div_ceil(b);
-        let mut table =
-            HeadTable { block_q: b, block_k: b, indptr: Vec::with_capacity(nq + 1), blocks: Vec::new(), rows: None };
-        let mut lists = HeadKeys { group: b, indptr: Vec::with_capacity(nq + 1), keys: Vec::new() };
-        table.indptr.push(0);
-        lists.indptr.push(0);
-        let mut list: Vec<u32> = Vec::with_capacity(tk.div_ceil(b));
-        let mut covered = vec![false; tk.div_ceil(b)];
-        for r0 in (0..tq).step_by(b) {
-            let (first, last) = (off + r0, off + (r0 + b).min(tq) - 1);
-            list.clear();
-            // Diagonals rise, so the blocks that they cross fall.
-            for &delta in &diagonals {
-                let delta = delta as usize;
-                if delta > last {
-                    break;
-                }
-                for x in (first.saturating_sub(delta) / b..=(last - delta) / b).rev() {
-                    if list.last().is_none_or(|&y| (x as u32) < y) {
-                        list.push(x as u32);
-                    }
-                }
-            }
-            list.iter().for_each(|&x| covered[x as usize] = true);
-            lists.keys.extend(columns.iter().filter(|&&j| j as usize <= last && !covered[j as usize / b]));
-            lists.indptr.push(lists.keys.len());
-            list.iter().for_each(|&x| covered[x as usize] = false);
-            table.blocks.extend(list.iter().rev());
-            table.indptr.push(table.blocks.len());
-        }
-        (HeadSelection::of_both(table, lists), work)
+        let lines = ranges.iter().map(of).collect();
+        work.flops += ((SOFTMAX_FLOPS + 3) * (m * before + m * (m + 1) / 2)) as u64;
+        (lines, work)
     }
 
     fn a_shape(&self, p: &HeadProblem) -> HeadSelection {
@@ -267,6 +254,63 @@ impl MInference {
         }
         spec
     }
+}
+
+/// Columns and diagonals to visit of some keys.
+pub(super) struct Lines {
+    columns: Vec<u32>,
+    /// Distances of key and query, ascending.
+    diagonals: Vec<u32>,
+    keys: Range<usize>,
+}
+
+/// For each block of queries, at positions `first..=last`, the key blocks that a diagonal of its `lines` crosses within
+/// the line's keys, and the columns outside of these blocks as single keys.
+pub(super) fn cover<'a, I: IntoIterator<Item = &'a Lines> + Clone>(
+    b: usize,
+    [tq, tk]: [usize; 2],
+    lines: impl Fn(usize, usize) -> I,
+) -> HeadSelection {
+    let (nq, off) = (tq.div_ceil(b), tk - tq);
+    let mut table =
+        HeadTable { block_q: b, block_k: b, indptr: Vec::with_capacity(nq + 1), blocks: Vec::new(), rows: None };
+    let mut lists = HeadKeys { group: b, indptr: Vec::with_capacity(nq + 1), keys: Vec::new() };
+    table.indptr.push(0);
+    lists.indptr.push(0);
+    let mut covered = vec![false; tk.div_ceil(b)];
+    for r0 in (0..tq).step_by(b) {
+        let (first, last) = (off + r0, off + (r0 + b).min(tq) - 1);
+        let of = lines(first, last);
+        for l in of.clone().into_iter().filter(|l| !l.keys.is_empty()) {
+            let (low, high) = (l.keys.start / b, (l.keys.end - 1) / b);
+            for &delta in l.diagonals.iter().take_while(|&&d| d as usize <= last) {
+                let delta = delta as usize;
+                let (from, to) = (first.saturating_sub(delta) / b, (last - delta) / b);
+                covered[from.max(low)..(to.min(high) + 1).max(from.max(low))].fill(true);
+            }
+        }
+        let at = lists.keys.len();
+        for l in of {
+            lists.keys.extend(l.columns.iter().filter(|&&j| j as usize <= last && !covered[j as usize / b]));
+        }
+        lists.keys[at..].sort_unstable();
+        let mut end = at;
+        for i in at..lists.keys.len() {
+            if end == at || lists.keys[end - 1] != lists.keys[i] {
+                lists.keys[end] = lists.keys[i];
+                end += 1;
+            }
+        }
+        lists.keys.truncate(end);
+        lists.indptr.push(end);
+        for (x, hit) in covered[..last / b + 1].iter_mut().enumerate() {
+            if std::mem::take(hit) {
+                table.blocks.push(x as u32);
+            }
+        }
+        table.indptr.push(table.blocks.len());
+    }
+    HeadSelection::of_both(table, lists)
 }
 
 /// to[i] += x[i] · by[i]; returns the sum of these products, in eight chains.

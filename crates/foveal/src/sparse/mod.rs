@@ -1,16 +1,22 @@
 //! Sparse patterns (family B): which keys each query of the prompt visits.
 
 pub mod anchorattention;
+pub mod dhsa;
 mod estimate;
 mod grid;
 pub mod hip_attention;
+pub mod hyperattention;
 pub mod mask;
 pub mod minference;
+pub mod mminference;
 pub mod moba;
 mod order;
 mod pattern;
+pub mod routing_transformer;
 pub mod run;
 pub mod s2_attention;
+pub mod sale;
+pub mod superlinear;
 pub mod xattention;
 
 use crate::error::{Error, Result};
@@ -28,6 +34,12 @@ pub const CARDS: &[&Card] = &[
     &moba::CARD,
     &anchorattention::CARD,
     &s2_attention::CARD,
+    &dhsa::CARD,
+    &hyperattention::CARD,
+    &mminference::CARD,
+    &routing_transformer::CARD,
+    &sale::CARD,
+    &superlinear::CARD,
 ];
 
 /// Rows of a matrix of f32, with a row stride.
