@@ -45,6 +45,7 @@ pub enum Command {
     Compare(CompareArgs),
     Run(RunArgs),
     Eval(EvalArgs),
+    Train(TrainArgs),
     Plan(PlanArgs),
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -252,6 +253,72 @@ pub struct EvalArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
     /// Machine-readable output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A task that small models are trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum TrainTask {
+    /// Find one token of another kind among noise
+    Needle,
+    /// Multi-query associative recall (Zoology): answer each key with its value
+    Mqar,
+    /// Fashion-MNIST images as patches on a grid
+    Fashion,
+}
+
+/// Train a small model of any attention layers on a task, and the same with a random choice of keys
+#[derive(Args)]
+pub struct TrainArgs {
+    /// Task
+    pub task: TrainTask,
+    /// Systems of the layers, first to last, such as moba:topk=4*2+flashattention-2; repeat the option to compare models
+    #[arg(long, value_name = "LAYERS", default_value = "flashattention-2*2")]
+    pub layers: Vec<String>,
+    /// Train each model a second time with its choice of keys replaced by a random one of the same size
+    #[arg(long)]
+    pub random: bool,
+    /// Steps
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub steps: usize,
+    /// Examples a step
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub batch: usize,
+    /// Channels
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub hidden: usize,
+    /// Heads
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub heads: usize,
+    /// Highest learning rate
+    #[arg(long, value_name = "X", default_value_t = 2e-3)]
+    pub lr: f64,
+    /// Tokens a sequence (needle, mqar)
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub tokens: usize,
+    /// Pairs to remember (mqar)
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub pairs: usize,
+    /// Size of the vocabulary (needle, mqar)
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub vocab: usize,
+    /// Side of a patch in pixels, a divisor of 28 (fashion)
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub patch: usize,
+    /// Folder with the files of Fashion-MNIST [default: fetched once]
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Never fetch anything; what is not in the cache folder is an error
+    #[arg(long)]
+    pub offline: bool,
+    /// Seed of parameters and batches
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// File to resume from and to write to (one model only)
+    #[arg(long, value_name = "FILE")]
+    pub checkpoint: Option<PathBuf>,
+    /// Machine-readable output, the loss of every step included
     #[arg(long)]
     pub json: bool,
 }

@@ -18,6 +18,9 @@ pub enum CliError {
     /// A comparison or a task refused.
     #[error(transparent)]
     Lab(#[from] foveal_lab::LabError),
+    /// Training refused or stopped.
+    #[error(transparent)]
+    Tune(#[from] foveal_tune::TuneError),
     /// A file operation failed.
     #[error("{}: cannot {action}: {source}{}", path.display(), remedy(source))]
     File {

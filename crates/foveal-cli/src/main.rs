@@ -75,6 +75,7 @@ fn run(command: &Command, ctx: &Context, out: &mut dyn Write) -> Result {
         Command::Compare(a) => commands::compare::run(a, ctx, out),
         Command::Run(a) => commands::run::run(a, ctx, out),
         Command::Eval(a) => commands::eval::run(a, ctx, out),
+        Command::Train(a) => commands::train::run(a, ctx, out),
         Command::Plan(a) => commands::plan::run(a, ctx, out),
         Command::Bench(BenchCommand::Ops(a)) => commands::bench::ops(a, ctx, out),
         Command::Bench(BenchCommand::Model(a)) => commands::bench::model(a, ctx, out),

@@ -7,6 +7,7 @@
 #![warn(missing_docs)]
 
 pub mod baseline;
+pub mod data;
 pub mod error;
 pub mod model;
 pub mod optim;

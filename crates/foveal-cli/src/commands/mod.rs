@@ -11,6 +11,7 @@ pub mod plan;
 pub mod pull;
 pub mod run;
 pub mod show;
+pub mod train;
 
 use crate::error::Result;
 use serde::Serialize;

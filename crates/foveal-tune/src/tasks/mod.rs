@@ -1,5 +1,6 @@
 //! Tasks: where batches come from and what a right answer is.
 
+pub mod fashion;
 pub mod mqar;
 pub mod needle;
 
