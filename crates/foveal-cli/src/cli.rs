@@ -53,6 +53,7 @@ pub enum Command {
     Show(ShowArgs),
     Doctor(DoctorArgs),
     Apply(ApplyArgs),
+    Picture(PictureArgs),
     #[command(hide = true)]
     Docs(DocsArgs),
 }
@@ -564,6 +565,43 @@ pub struct ApplyArgs {
     /// Factor on q·k [default: 1/√D]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub scale: Option<f32>,
+}
+
+/// Draw one head under a prefill system as SVG: its exact map, what is visited, what is missed
+#[derive(Args)]
+pub struct PictureArgs {
+    /// System with slot prefill: an id, or an id with parameters (id:name=value,…)
+    #[arg(value_parser = spec)]
+    pub id: Spec,
+    /// Known name, GGUF file, or folder with config.json and *.safetensors
+    #[arg(default_value = DEFAULT_MODEL)]
+    pub model: String,
+    #[command(flatten)]
+    pub load: LoadArgs,
+    /// SVG file to write
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Layer
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub layer: usize,
+    /// Query head
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub head: usize,
+    /// Prompt length in tokens
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    pub length: usize,
+    /// Text to read, UTF-8 [default: the King James Bible, fetched once]
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+    /// Instead of a model's head a made one on a token grid (TxHxW, HxW or W), without a direction
+    #[arg(long, value_name = "GRID")]
+    pub grid: Option<foveal::sparse::Grid>,
+    /// Seed of the made head
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// Machine-readable output
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Write docs/systems.md and docs/cli.md from the cards, the catalogue and this command line.

@@ -82,6 +82,7 @@ fn run(command: &Command, ctx: &Context, out: &mut dyn Write) -> Result {
         Command::List(a) => commands::list::run(a, out),
         Command::Show(a) => commands::show::run(a, out),
         Command::Doctor(a) => commands::doctor::run(a, ctx, out),
+        Command::Picture(a) => commands::picture::run(a, ctx, out),
         Command::Apply(a) => commands::apply::run(a, ctx, out),
         Command::Docs(a) => commands::docs::run(a, out),
     }

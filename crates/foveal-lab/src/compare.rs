@@ -530,12 +530,14 @@ impl Run<'_, '_> {
             match &r.selection {
                 Some(s) => {
                     if let Some(&m) = plain.first().or(stored.first()) {
-                        self.maps.push(maps::selection(m, s, r.tq, r.tk));
+                        self.maps.push(maps::selection(m, s, r.tq, r.tk, true));
                     }
                 }
                 None if first == 0 => {
                     let scale = 1.0 / (r.d as f32).sqrt();
-                    self.maps.push(maps::exact(0, &r.q, &r.k, r.tq, r.tk, r.d, scale));
+                    let (q, k) = (&r.q, &r.k);
+                    let head = maps::Head { q, k, tq: r.tq, tk: r.tk, d: r.d, scale, causal: true };
+                    self.maps.push(maps::exact(0, &head));
                 }
                 None => {}
             }

@@ -12,6 +12,7 @@ pub mod files;
 pub mod maps;
 pub mod model_bench;
 pub mod needle;
+pub mod picture;
 pub mod ppl;
 pub mod report;
 pub mod results;

@@ -13,54 +13,118 @@ fn rows(tq: usize) -> impl Iterator<Item = usize> {
     (0..tq).step_by(step)
 }
 
-/// The exact causal attention map of one head: q (tq, d), k (tk, d), bottom-right aligned. Every
-/// grid row is scaled to its own peak and drawn as a square root, so that faint attention shows.
-pub fn exact(system: usize, q: &[f32], k: &[f32], tq: usize, tk: usize, d: usize, scale: f32) -> Map {
-    let (gr, gc) = (GRID.min(tq), GRID.min(tk));
-    let mut sum = vec![0f64; gr * gc];
-    let mut w = Vec::new();
-    for i in rows(tq) {
-        let visible = tk - tq + i + 1;
-        let qi = &q[i * d..(i + 1) * d];
+/// One head's queries and keys.
+#[derive(Clone, Copy)]
+pub struct Head<'a> {
+    /// (tq, d).
+    pub q: &'a [f32],
+    /// (tk, d).
+    pub k: &'a [f32],
+    /// Queries.
+    pub tq: usize,
+    /// Keys.
+    pub tk: usize,
+    /// Channels.
+    pub d: usize,
+    /// Factor on q·k.
+    pub scale: f32,
+    /// Whether queries see no later keys (bottom-right aligned).
+    pub causal: bool,
+}
+
+impl Head<'_> {
+    fn visible(&self, i: usize) -> usize {
+        if self.causal { self.tk - self.tq + i + 1 } else { self.tk }
+    }
+
+    fn cells(&self) -> (usize, usize) {
+        (GRID.min(self.tq), GRID.min(self.tk))
+    }
+
+    /// The exact weights of query `i` over the keys that it may see, into `w`.
+    fn weights(&self, i: usize, w: &mut Vec<f32>) {
+        let d = self.d;
+        let qi = &self.q[i * d..(i + 1) * d];
         w.clear();
-        w.extend((0..visible).map(|j| {
-            let kj = &k[j * d..(j + 1) * d];
-            qi.iter().zip(kj).map(|(a, b)| a * b).sum::<f32>() * scale
-        }));
+        w.extend(
+            self.k
+                .chunks_exact(d)
+                .take(self.visible(i))
+                .map(|kj| qi.iter().zip(kj).map(|(a, b)| a * b).sum::<f32>() * self.scale),
+        );
         let top = w.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         w.iter_mut().for_each(|x| *x = (*x - top).exp());
         let total: f32 = w.iter().sum();
-        let row = i * gr / tq * gc;
-        for (j, x) in w.iter().enumerate() {
-            sum[row + j * gc / tk] += f64::from(x / total);
+        w.iter_mut().for_each(|x| *x /= total);
+    }
+
+    /// Exact weights summed by cell; of the keys that `unvisited` marks by 0 alone, if given.
+    fn masses(&self, visited: Option<&HeadSelection>) -> Vec<f64> {
+        let (gr, gc) = self.cells();
+        let mut sum = vec![0f64; gr * gc];
+        let (mut w, mut hit) = (Vec::new(), vec![0u8; self.tk]);
+        for i in rows(self.tq) {
+            self.weights(i, &mut w);
+            if let Some(s) = visited {
+                mask::mask_row(s, i, self.tq, self.causal, &mut hit);
+            }
+            let row = i * gr / self.tq * gc;
+            for (j, x) in w.iter().enumerate().filter(|(j, _)| hit[*j] == 0) {
+                sum[row + j * gc / self.tk] += f64::from(*x);
+            }
         }
+        sum
     }
-    let mut cells = Vec::with_capacity(gr * gc);
-    for row in sum.chunks(gc) {
-        let top = row.iter().copied().fold(0.0, f64::max);
-        cells.extend(row.iter().map(|x| if top > 0.0 { ((x / top).sqrt() * 255.0).round() as u8 } else { 0 }));
+
+    fn map(&self, system: usize, caption: &str, cells: Vec<u8>) -> Map {
+        let (rows, cols) = self.cells();
+        Map { system, caption: caption.into(), rows, cols, cells }
     }
-    Map { system, caption: "exact attention".into(), rows: gr, cols: gc, cells }
 }
 
-/// The share of each cell's causal pairs that a selection visits.
-pub fn selection(system: usize, s: &HeadSelection, tq: usize, tk: usize) -> Map {
-    let (gr, gc) = (GRID.min(tq), GRID.min(tk));
+/// Masses as bytes: each row of cells scaled to the peak that `of` has there and drawn as a square root, so that faint
+/// attention shows.
+fn shade(x: &[f64], of: &[f64], cols: usize) -> Vec<u8> {
+    let mut cells = Vec::with_capacity(x.len());
+    for (row, of) in x.chunks(cols.max(1)).zip(of.chunks(cols.max(1))) {
+        let top = of.iter().copied().fold(0.0, f64::max);
+        cells.extend(row.iter().map(|x| if top > 0.0 { ((x / top).sqrt() * 255.0).round() as u8 } else { 0 }));
+    }
+    cells
+}
+
+/// The exact attention map of one head, each row of cells scaled to its own peak.
+pub fn exact(system: usize, head: &Head) -> Map {
+    let mass = head.masses(None);
+    head.map(system, "exact attention", shade(&mass, &mass, head.cells().1))
+}
+
+/// What a selection misses of one head's exact map, on the scale of that map, and the share of the weights that it
+/// keeps (of the queries looked at).
+pub fn missed(system: usize, head: &Head, s: &HeadSelection) -> (Map, f64) {
+    let (all, lost) = (head.masses(None), head.masses(Some(s)));
+    let share = lost.iter().sum::<f64>() / all.iter().sum::<f64>().max(f64::MIN_POSITIVE);
+    (head.map(system, "exact attention that is not visited", shade(&lost, &all, head.cells().1)), 1.0 - share)
+}
+
+/// The share of each cell's visible pairs that a selection visits.
+pub fn selection(system: usize, s: &HeadSelection, tq: usize, tk: usize, causal: bool) -> Map {
+    let head = Head { q: &[], k: &[], tq, tk, d: 0, scale: 1.0, causal };
+    let (gr, gc) = head.cells();
     let mut seen = vec![0u64; gr * gc];
     let mut all = vec![0u64; gr * gc];
     let mut hit = vec![0u8; tk];
     for i in rows(tq) {
-        let visible = tk - tq + i + 1;
-        mask::mask_row(s, i, tq, true, &mut hit);
+        mask::mask_row(s, i, tq, causal, &mut hit);
         let row = i * gr / tq * gc;
-        for (j, h) in hit[..visible].iter().enumerate() {
+        for (j, h) in hit[..head.visible(i)].iter().enumerate() {
             let c = row + j * gc / tk;
             all[c] += 1;
             seen[c] += u64::from(*h);
         }
     }
     let cells = seen.iter().zip(&all).map(|(s, a)| if *a == 0 { 0 } else { share(*s, *a) }).collect();
-    Map { system, caption: "keys visited by the prompt's queries".into(), rows: gr, cols: gc, cells }
+    head.map(system, "keys visited by the prompt's queries", cells)
 }
 
 /// One row per decoded query: the share of each cell's keys that it visited, of `total` keys.
@@ -96,7 +160,7 @@ mod tests {
         // Query i equals 10·e_i and keys are unit vectors: each query looks at its own position.
         let n = 4;
         let eye = |s: f32| (0..n * n).map(|x| if x / n == x % n { s } else { 0.0 }).collect::<Vec<f32>>();
-        let m = exact(0, &eye(40.0), &eye(1.0), n, n, n, 1.0);
+        let m = exact(0, &Head { q: &eye(40.0), k: &eye(1.0), tq: n, tk: n, d: n, scale: 1.0, causal: true });
         for i in 0..n {
             for j in 0..n {
                 let c = m.cells[i * n + j];
@@ -106,10 +170,24 @@ mod tests {
     }
 
     #[test]
+    fn what_is_missed_is_what_is_not_visited() {
+        // Equal weights: query i spreads 1/(i + 1) over its keys; only block 0 is visited.
+        let zero = vec![0f32; 4];
+        let head = Head { q: &zero, k: &zero, tq: 4, tk: 4, d: 1, scale: 1.0, causal: true };
+        let s = HeadSelection::of_blocks(HeadTable::from_lists(4, 2, vec![vec![0]]));
+        let (map, kept) = missed(1, &head, &s);
+        assert_eq!(map.cells, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, 0, 0, 0, 255, 255]);
+        assert!((kept - (1.0 + 1.0 + 2.0 / 3.0 + 0.5) / 4.0).abs() < 1e-6, "{kept}");
+        // Without a direction every query sees all four.
+        let (_, kept) = missed(1, &Head { causal: false, ..head }, &s);
+        assert!((kept - 0.5).abs() < 1e-6, "{kept}");
+    }
+
+    #[test]
     fn selections_are_causal_and_join_blocks_with_keys() {
         let t = HeadTable::from_lists(2, 2, vec![vec![0], vec![1]]);
         let k = HeadKeys::from_lists(4, vec![vec![0]]);
-        let m = selection(1, &HeadSelection::of_both(t, k), 4, 4);
+        let m = selection(1, &HeadSelection::of_both(t, k), 4, 4, true);
         assert_eq!(m.cells, [255, 0, 0, 0, 255, 255, 0, 0, 255, 0, 255, 0, 255, 0, 255, 255]);
     }
 
@@ -117,7 +195,7 @@ mod tests {
     fn row_masks_count() {
         let mut t = HeadTable::from_lists(2, 2, vec![vec![0], vec![0, 1]]);
         t.rows = Some(vec![0b11, 0b10, 0b11]);
-        let m = selection(1, &HeadSelection::of_blocks(t), 4, 4);
+        let m = selection(1, &HeadSelection::of_blocks(t), 4, 4, true);
         assert_eq!(m.cells[8..], [0, 0, 255, 0, 255, 255, 255, 255]);
     }
 

@@ -7,6 +7,7 @@ pub mod docs;
 pub mod doctor;
 pub mod eval;
 pub mod list;
+pub mod picture;
 pub mod plan;
 pub mod pull;
 pub mod run;

@@ -4,7 +4,7 @@ pub mod base64;
 mod csv;
 mod files;
 mod html;
-mod png;
+pub(crate) mod png;
 mod roofline;
 mod svg;
 mod table;
@@ -13,6 +13,7 @@ pub use csv::csv;
 pub use files::{Written, write_all};
 pub use html::html;
 pub use roofline::roofline;
+pub(crate) use svg::esc as escape;
 pub use table::{table, tables, verdicts};
 
 use crate::error::{LabError, Result};

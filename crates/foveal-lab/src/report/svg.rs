@@ -8,7 +8,7 @@ use crate::verdict::{Crossover, Curve, Verdict, decode_curve, prefill_curve, tho
 use std::fmt::Write;
 
 /// Text for element content and attributes.
-pub(super) fn esc(s: &str) -> String {
+pub(crate) fn esc(s: &str) -> String {
     let mut out = String::with_capacity(s.len());
     for c in s.chars() {
         match c {
