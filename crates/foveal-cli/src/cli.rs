@@ -329,6 +329,9 @@ pub struct TrainArgs {
 /// For minference: runs the model densely on a calibration text and gives each head the pattern
 /// (vertical-slash, A-shape or block-sparse) whose output is nearest to exact attention at a fixed
 /// cost, or leaves it dense where none comes near enough. The sizes are shares of the prompt, so that the plan serves other lengths too.
+///
+/// For moa-sparse: tries windows of alpha + beta·N keys on every head at --length and at half of it, and gives each head the one
+/// with which the heads together err least while their mean cost keeps within the budget at both lengths.
 #[derive(Args)]
 pub struct PlanArgs {
     /// Known name, GGUF file, or folder with config.json and *.safetensors
@@ -337,7 +340,7 @@ pub struct PlanArgs {
     #[command(flatten)]
     pub load: LoadArgs,
     /// System to search for
-    #[arg(long, value_name = "SYSTEM", default_value = "minference", value_parser = ["minference"])]
+    #[arg(long, value_name = "SYSTEM", default_value = "minference", value_parser = ["minference", "moa-sparse"])]
     pub system: String,
     /// Plan file to write [default: standard output]
     #[arg(long, value_name = "FILE")]
@@ -345,10 +348,10 @@ pub struct PlanArgs {
     /// Calibration length in tokens; near the length at which the plan will run is best
     #[arg(long, value_name = "N", default_value_t = 2048)]
     pub length: usize,
-    /// Cost that each head may have, as a share of dense attention
+    /// Cost that each head (of moa-sparse their mean) may have, as a share of dense attention
     #[arg(long, value_name = "X", allow_negative_numbers = true, default_value_t = 0.3)]
     pub budget: f64,
-    /// Largest relative error of the attention output; heads whose every pattern is worse stay dense
+    /// Largest relative error of the attention output; heads whose every pattern is worse stay dense (minference)
     #[arg(long, value_name = "X", allow_negative_numbers = true, default_value_t = 0.5)]
     pub max_error: f64,
     /// Calibration text, UTF-8 [default: the King James Bible, fetched once]
@@ -507,11 +510,22 @@ impl StateArg {
 
 /// Show one system: paper, equation, cost, slots, laws, parameters with defaults, settled choices
 ///
-/// Settled choices say what the sources left open or contradict, what was chosen here and why.
+/// Settled choices say what the sources left open or contradict, what was chosen here and why. With --simulate it counts,
+/// for static patterns that are a product of one pattern an axis (generalized-neighborhood-attention and its kin), the tiles
+/// of queries and keys that a kernel must visit; dense tiles over these is the speed-up that such a kernel can reach.
 #[derive(Args)]
 pub struct ShowArgs {
-    /// Id of the system, as in `foveal list`
+    /// Id of the system, as in `foveal list`; parameters after a colon count for --simulate
     pub id: String,
+    /// Count the tiles that the pattern visits on a grid TxHxW, HxW or W, and the speed-up that they allow
+    #[arg(long, value_name = "GRID")]
+    pub simulate: Option<foveal::sparse::Grid>,
+    /// Tile of queries to simulate, such as 8x8, beside that of our kernels
+    #[arg(long, value_name = "SHAPE", requires = "simulate")]
+    pub tile: Option<foveal::sparse::Grid>,
+    /// Tile of keys to simulate [default: a single key, as in our kernels]
+    #[arg(long, value_name = "SHAPE", requires = "tile")]
+    pub kv_tile: Option<foveal::sparse::Grid>,
     /// Machine-readable output
     #[arg(long)]
     pub json: bool,

@@ -146,6 +146,14 @@ fn parameters_of_other_systems_are_checked() {
             assert!(e.contains("cannot be used as a prefill system"), "{e}");
             continue;
         }
+        let system = foveal::registry::build(&foveal::Spec::new(card.id), foveal::Slot::Prefill).unwrap();
+        let mut base = vec!["apply", card.id, "--in", "in", "--out", "o"];
+        if !system.domain().causal {
+            base.extend(["--causal", "false"]);
+        }
+        if system.domain().grid {
+            base.extend(["--grid", "2x2x2"]);
+        }
         // Every parameter is known by its name, takes its own default, and a misspelt one is refused with a hint.
         for p in (card.params)() {
             let value = match &p.default {
@@ -154,9 +162,9 @@ fn parameters_of_other_systems_are_checked() {
                 v => v.to_string(),
             };
             let set = format!("{}={value}", p.name);
-            ok(dir.path(), &["apply", card.id, "--in", "in", "--out", "o", "--set", &set]);
+            ok(dir.path(), &[&base[..], &["--set", &set]].concat());
             let set = format!("{}x={value}", p.name);
-            let e = fails(dir.path(), &["apply", card.id, "--in", "in", "--out", "o", "--set", &set]);
+            let e = fails(dir.path(), &[&base[..], &["--set", &set]].concat());
             assert!(e.contains("did you mean"), "{e}");
         }
     }

@@ -147,3 +147,19 @@ fn generated_documentation_is_fresh() {
     let e = fails(dir.path(), &["docs", "--check", "--dir", "."]);
     assert!(e.contains("cli.md: out of date at line 1"), "{e}");
 }
+
+#[test]
+fn show_simulates_tiles_of_static_patterns() {
+    let dir = tempfile::tempdir().unwrap();
+    // Blocks of 4 x 8 x 8 in tiles of 4 x 4 x 4: 8192 tokens see 256 keys each, in whole tiles.
+    let blocked = "generalized-neighborhood-attention:window=4;8;8,stride=4;8;8";
+    let text = ok(dir.path(), &["show", blocked, "--simulate", "16x16x32", "--tile", "4x4x4", "--kv-tile", "4x4x4"]);
+    for part in ["8192 tokens", "256.0 keys a query", "32.00", "none: block-sparse"] {
+        assert!(text.contains(part), "{part} is missing from {text}");
+    }
+    let v = json(&ok(dir.path(), &["show", "halonet", "--simulate", "64x64", "--json"]));
+    let s = &v["simulations"][0];
+    assert_eq!(s["kv_tile"], serde_json::json!([1, 1, 1]));
+    assert!(s["speedup"].as_f64().unwrap() > 15.0 && s["bound"].as_f64() >= s["speedup"].as_f64(), "{s}");
+    assert!(fails(dir.path(), &["show", "xattention", "--simulate", "8x8"]).contains("--simulate"));
+}

@@ -253,6 +253,25 @@ fn evaluates_and_plans() {
         assert!(warned.contains(part), "{part} is missing from {warned}");
     }
     assert!(fails(dir.path(), &["plan", "m", "--max-error", "-1"]).contains("--max-error"));
+    // Windows of all heads share one budget; the plan holds what was chosen.
+    let args = [
+        "plan",
+        "m",
+        "--system",
+        "moa-sparse",
+        "--text",
+        "text",
+        "--length",
+        "512",
+        "--budget",
+        "0.6",
+        "--out",
+        "w.toml",
+    ];
+    let told = ok(dir.path(), &args);
+    assert!(told.contains("8 heads at 0.") && told.contains("windows used"), "{told}");
+    let plan = std::fs::read_to_string(at("w.toml")).unwrap();
+    assert!(plan.contains("prefill = \"moa-sparse:alpha="), "{plan}");
     let ppl = |more: &[&str]| -> f64 {
         let args: Vec<&str> =
             ["eval", "ppl", "m", "--text", "text", "--length", "512", "--json"].iter().chain(more).copied().collect();

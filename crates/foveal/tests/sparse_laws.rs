@@ -67,7 +67,7 @@ impl Case {
 }
 
 /// Every system at sizes small enough to leave something out of a few hundred keys.
-const SMALL: [&str; 13] = [
+const SMALL: [&str; 18] = [
     "minference:max_share=0.2,sinks=3,recent=9,last_q=20,block_size=16",
     "minference:pattern=a-shape,init=9,local=30,block_size=16",
     "minference:pattern=block-sparse,max_share=0.2,block_size=16",
@@ -81,6 +81,11 @@ const SMALL: [&str; 13] = [
     "routing-transformer:clusters=9,iterations=3,local=20",
     "sale:threshold=0.3,block_q=16,block_k=8,sinks=8,local=20",
     "superlinear:spans=2,window_index=3,backward=2,forward=1,block_k=4",
+    "fused-neighborhood-attention:window=15,dilation=3",
+    "generalized-neighborhood-attention:window=40",
+    "generalized-neighborhood-attention:window=30,stride=8",
+    "moa-sparse:alpha=32,beta=0.1,block_size=16,sinks=5",
+    "pixelfly:block_size=16",
 ];
 
 const SHAPES: [(usize, usize); 10] =
@@ -148,6 +153,11 @@ fn full_budgets_are_exact() {
         "sale:threshold=0",
         "superlinear:spans=1000000,window_index=1",
         "superlinear:spans=1000000,window_index=2,backward=2,forward=0,block_k=1,block_q=33",
+        "fused-neighborhood-attention:window=0",
+        "generalized-neighborhood-attention:window=100000,stride=7",
+        "moa-sparse:beta=1",
+        "moa-sparse:alpha=100000,beta=0,block_size=16",
+        "pixelfly:block_size=16,global_blocks=100000",
     ];
     for (tq, tk) in SHAPES {
         let case = Case::new(tq, tk, 12);
@@ -188,6 +198,9 @@ fn a_prefix_selects_the_prefix() {
         ("moba:block_size=32,topk=3,block_q=64", 1),
         ("anchorattention:block_size=16,step=3,theta=1", 48),
         ("superlinear:spans=2,window_index=3", 1),
+        ("fused-neighborhood-attention:window=15,dilation=3", 1),
+        ("generalized-neighborhood-attention:window=40", 1),
+        ("pixelfly:block_size=16", 1),
     ];
     let whole = Case::new(300, 300, 12);
     for (spec, unit) in units {
@@ -210,6 +223,9 @@ fn chunks_aligned_to_the_blocks_select_as_the_whole() {
         ("moba:block_size=32,topk=2", 1),
         ("anchorattention:block_size=16,step=3,theta=1", 48),
         ("superlinear:spans=2,window_index=3,block_k=4", 1),
+        ("generalized-neighborhood-attention:window=30,stride=8", 1),
+        ("moa-sparse:alpha=32,beta=0.1,block_size=16,sinks=5", 1),
+        ("pixelfly:block_size=16", 1),
     ];
     let n = 300;
     let whole = Case::new(n, n, 12);
@@ -338,6 +354,19 @@ fn parameters_are_checked() {
         "routing-transformer:local=0",
         "sale:threshold=-1",
         "superlinear:backward=-2",
+        "dilated-neighborhood-attention:window=many",
+        "fused-neighborhood-attention:dilation=0",
+        "generalized-neighborhood-attention:stride=17",
+        "generalized-neighborhood-attention:tile=9;9",
+        "generalized-neighborhood-attention:causal_axes=x",
+        "halonet:block_size=0",
+        "lrgt:groups=0",
+        "moa-sparse:beta=2",
+        "paroattention:order=whw",
+        "paroattention:mask=12",
+        "pixelfly:block_size=0",
+        "radial-attention:decay=0",
+        "sparse-vdit:width=-1",
     ] {
         let spec: Spec = bad.parse().expect("a spec");
         let name = bad.split([':', '=']).nth(1).expect("a name");

@@ -8,8 +8,8 @@ use crate::models;
 use crate::progress::Progress;
 use foveal::Spec;
 use foveal::prim::kv::KvDtype;
-use foveal::sparse::minference::{Candidate, Pattern, SearchOptions, search};
-use foveal::sparse::{HeadProblem, Mat};
+use foveal::sparse::minference::{self, Candidate, Found, Pattern, SearchOptions};
+use foveal::sparse::{HeadProblem, Mat, moa_sparse, search};
 use foveal_llm::model::Recorded;
 use foveal_llm::plan::DENSE;
 use foveal_llm::{LogitsFor, Plan, PrefillOptions, Rule};
@@ -43,13 +43,43 @@ pub fn run(a: &PlanArgs, ctx: &Context, out: &mut dyn Write) -> Result {
         )));
     }
     ctx.remark(&format!("searching on {}", text.about));
+    let (plan, told, warned) = if a.system == moa_sparse::CARD.id {
+        mixture(a, ctx, &loaded, &text.tokens)?
+    } else {
+        patterns_of_heads(a, ctx, &loaded, &text.tokens)?
+    };
+    plan.check(config)?;
+    let text = plan.to_toml();
+    if let Some(warning) = warned {
+        ctx.remark(&warning);
+    }
+    match &a.out {
+        None => {
+            write!(out, "{text}")?;
+            ctx.remark(&told);
+        }
+        Some(path) => {
+            files::write_whole(path, text.as_bytes())?;
+            writeln!(out, "{}: {told}", path.display())?;
+        }
+    }
+    Ok(())
+}
 
+/// Run the model densely and hand q, k and v of every head to `each`; its answers with layer and head.
+fn for_heads<T: Send>(
+    a: &PlanArgs,
+    ctx: &Context,
+    loaded: &models::Loaded,
+    tokens: &[u32],
+    each: impl Fn(&HeadProblem, &Mat) -> foveal::Result<T> + Sync,
+) -> Result<Vec<(usize, usize, T)>> {
+    let config = loaded.model.config();
     let (heads, group) = (config.num_heads, config.num_heads / config.num_kv_heads);
     let (t, d) = (a.length, config.head_dim);
     let layers_a_pass = (RECORD_BYTES / (heads * 2 * t * d * 4).max(1)).max(1);
-    let options = SearchOptions { budget: a.budget, max_error: a.max_error, ..SearchOptions::default() };
     let progress = Progress::new(ctx);
-    let mut chosen: Vec<Choice> = Vec::new();
+    let mut all = Vec::new();
     for from in (0..config.num_layers).step_by(layers_a_pass) {
         let to = (from + layers_a_pass).min(config.num_layers);
         progress.at(from as f64 / config.num_layers as f64, &format!("recording layers {from} to {}", to - 1));
@@ -63,7 +93,7 @@ pub fn run(a: &PlanArgs, ctx: &Context, out: &mut dyn Write) -> Result {
             cancel: Some(ctx.cancel.clone()),
             ..PrefillOptions::default()
         };
-        let prompt = loaded.model.prefill(&text.tokens, &Plan::dense(), &record)?;
+        let prompt = loaded.model.prefill(tokens, &Plan::dense(), &record)?;
         for layer in from..to {
             progress.at(layer as f64 / config.num_layers as f64, &format!("searching layer {layer}"));
             let of_layer: Vec<&Recorded> = prompt.recorded.iter().filter(|r| r.layer == layer).collect();
@@ -77,34 +107,68 @@ pub fn run(a: &PlanArgs, ctx: &Context, out: &mut dyn Write) -> Result {
                     let (q, k) = (Mat::new(&r.q, r.tq, r.d, r.d), Mat::new(&r.k, r.tk, r.d, r.d));
                     let scale = 1.0 / (d as f32).sqrt();
                     let problem = HeadProblem { layer, head: r.head, ..HeadProblem::new(q, k, scale) };
-                    let found = search(&problem, &Mat::new(v, t, d, d), &options)?;
-                    Ok(Some(Choice { layer, head: r.head, best: found.best, sparse: found.tried[0].error }))
+                    Ok(Some((layer, r.head, each(&problem, &Mat::new(v, t, d, d))?)))
                 })
                 .collect::<std::result::Result<Vec<_>, foveal::Error>>()?;
-            chosen.extend(found.into_iter().flatten());
+            all.extend(found.into_iter().flatten());
             if ctx.cancelled() {
                 return Err(CliError::Arguments("the search was interrupted; no plan was written".into()));
             }
         }
     }
-    drop(progress);
-    let plan = plan_of(&chosen, a)?;
-    plan.check(config)?;
-    let text = plan.to_toml();
-    if let Some(warning) = warning(&chosen, a) {
-        ctx.remark(&warning);
-    }
-    match &a.out {
-        None => {
-            write!(out, "{text}")?;
-            ctx.remark(&summary(&chosen));
-        }
-        Some(path) => {
-            files::write_whole(path, text.as_bytes())?;
-            writeln!(out, "{}: {}", path.display(), summary(&chosen))?;
-        }
-    }
-    Ok(())
+    Ok(all)
+}
+
+/// A plan, one line about it, and what to warn of.
+type Searched = (Plan, String, Option<String>);
+
+/// Each head's best pattern of minference.
+fn patterns_of_heads(a: &PlanArgs, ctx: &Context, loaded: &models::Loaded, tokens: &[u32]) -> Result<Searched> {
+    let options = SearchOptions { budget: a.budget, max_error: a.max_error, ..SearchOptions::default() };
+    let found = for_heads(a, ctx, loaded, tokens, |p, v| minference::search(p, v, &options))?;
+    let choice = |(layer, head, f): (usize, usize, Found)| {
+        let sparse = f.tried[0].error;
+        Choice { layer, head, best: f.best, sparse }
+    };
+    let chosen: Vec<Choice> = found.into_iter().map(choice).collect();
+    let spec = |c: &Choice| if c.fell_back() { Spec::new(DENSE) } else { c.best.config.spec() };
+    let plan = plan_of(a, chosen.iter().map(|c| (c.layer, c.head, spec(c))));
+    Ok((plan, summary(&chosen), warning(&chosen, a)))
+}
+
+/// The windows of moa-sparse that heads have together within the budget, at half the length and at all of it.
+fn mixture(a: &PlanArgs, ctx: &Context, loaded: &models::Loaded, tokens: &[u32]) -> Result<Searched> {
+    let lengths = [a.length / 2, a.length];
+    let candidates = moa_sparse::candidates(lengths[0], lengths[1]);
+    let found = for_heads(a, ctx, loaded, tokens, |p, v| {
+        // Causal attention of the first tokens is that of a shorter prompt.
+        let part = |m: &Mat, n: usize| -> Vec<f32> { (0..n).flat_map(|i| m.row(i).iter().copied()).collect() };
+        let d = p.q.cols;
+        let tables = lengths.map(|n| {
+            let (q, k, v) = (part(&p.q, n), part(&p.k, n), part(v, n));
+            let problem = HeadProblem { q: Mat::new(&q, n, d, d), k: Mat::new(&k, n, d, d), ..*p };
+            search::table(&problem, &Mat::new(&v, n, d, d), &candidates)
+        });
+        let [short, long] = tables;
+        Ok([short?, long?])
+    })?;
+    let judged: Vec<Vec<Vec<search::Judged>>> =
+        (0..lengths.len()).map(|l| found.iter().map(|f| f.2[l].clone()).collect()).collect();
+    let chosen = search::assign(&judged, a.budget);
+    let rules = found.iter().zip(&chosen).map(|(f, &c)| (f.0, f.1, candidates[c].clone()));
+    let plan = plan_of(a, rules);
+    let of = |f: &dyn Fn(&search::Judged) -> f64| mean(found.iter().zip(&chosen).map(|(h, &c)| f(&h.2[1][c])));
+    let (cost, error) = (of(&|j| j.cost), of(&|j| j.error));
+    let kinds = chosen.iter().collect::<std::collections::BTreeSet<_>>().len();
+    let told = format!(
+        "{} heads at {cost:.2} of dense cost, mean error of the attention output {error:.3}; {kinds} of {} windows used",
+        found.len(),
+        candidates.len()
+    );
+    let warned = (cost > a.budget * 1.001).then(|| {
+        format!("warning: even the narrowest windows cost {cost:.2} of dense; raise --budget {} or --length", a.budget)
+    });
+    Ok((plan, told, warned))
 }
 
 /// What the search found for one head.
@@ -175,19 +239,18 @@ fn warning(chosen: &[Choice], a: &PlanArgs) -> Option<String> {
     ))
 }
 
-/// Rules that give each head its configuration, heads of one layer with the same one together.
-fn plan_of(chosen: &[Choice], a: &PlanArgs) -> Result<Plan> {
-    let mut plan = Plan::of(&Spec::new("minference"), &Spec::new(DENSE), KvDtype::default());
-    plan.name = format!("minference, searched at {} tokens, budget {}", a.length, a.budget);
+/// Rules that give each (layer, head) its system, heads of one layer with the same one together.
+fn plan_of(a: &PlanArgs, chosen: impl Iterator<Item = (usize, usize, Spec)>) -> Plan {
+    let mut plan = Plan::of(&Spec::new(a.system.as_str()), &Spec::new(DENSE), KvDtype::default());
+    plan.name = format!("{}, searched at {} tokens, budget {}", a.system, a.length, a.budget);
     let mut groups: BTreeMap<(usize, String), (Spec, Vec<usize>)> = BTreeMap::new();
-    for c in chosen {
-        let spec = if c.fell_back() { Spec::new(DENSE) } else { c.best.config.spec() };
-        groups.entry((c.layer, spec.to_string())).or_insert_with(|| (spec, Vec::new())).1.push(c.head);
+    for (layer, head, spec) in chosen {
+        groups.entry((layer, spec.to_string())).or_insert_with(|| (spec, Vec::new())).1.push(head);
     }
     for ((layer, _), (spec, heads)) in groups {
         plan.rules.push(Rule { layers: vec![layer], heads: Some(heads), prefill: Some(spec), cache: None });
     }
-    Ok(plan)
+    plan
 }
 
 /// How many heads got which pattern.

@@ -3,9 +3,11 @@
 use super::list::{slots_of, state_text};
 use super::print_json;
 use crate::cli::ShowArgs;
-use crate::error::Result;
+use crate::error::{CliError, Result};
 use foveal::registry::{self, Entry};
-use foveal::{Card, Slot};
+use foveal::sparse::Grid;
+use foveal::sparse::axes::{Simulation, best_tile, simulate};
+use foveal::{Card, Slot, Spec, System};
 use serde_json::json;
 use std::io::Write;
 
@@ -18,8 +20,16 @@ pub fn run(a: &ShowArgs, out: &mut dyn Write) -> Result {
         Err(foveal::Error::NotBuilt { .. }) => None,
         Err(e) => return Err(e.into()),
     };
+    let simulated = a.simulate.map(|grid| simulations(a, grid)).transpose()?;
     if a.json {
-        return print_json(out, &as_json(id, entry, card));
+        let mut v = as_json(id, entry, card);
+        if let (Some(s), Some(map)) = (&simulated, v.as_object_mut()) {
+            map.insert("simulations".into(), s.iter().map(simulation_json).collect());
+        }
+        return print_json(out, &v);
+    }
+    if let (Some(s), Some(grid)) = (&simulated, a.simulate) {
+        return Ok(simulation_text(out, &a.id, grid, s)?);
     }
     match card {
         Some(c) => text(out, c)?,
@@ -34,6 +44,61 @@ pub fn run(a: &ShowArgs, out: &mut dyn Write) -> Result {
                 }
             }
         }
+    }
+    Ok(())
+}
+
+/// The pattern on `grid` with the tile of our kernels, and with that asked for.
+fn simulations(a: &ShowArgs, grid: Grid) -> Result<Vec<Simulation>> {
+    let spec: Spec = a.id.parse()?;
+    let axes = match registry::build(&spec, Slot::Prefill)? {
+        System::Selector(s) => s.axes(grid),
+        _ => None,
+    };
+    let Some(axes) = axes else {
+        return Err(CliError::Arguments(format!(
+            "--simulate: {} is no product of one static pattern an axis; simulate generalized-neighborhood-attention or another that is",
+            spec.id
+        )));
+    };
+    let own = simulate(&axes, best_tile(&axes), [1; 3]);
+    let sides = |g: Grid| [g.t, g.h, g.w];
+    let asked = a.tile.map(|q| simulate(&axes, sides(q), a.kv_tile.map_or([1; 3], sides)));
+    Ok([own].into_iter().chain(asked).collect())
+}
+
+fn simulation_json(s: &Simulation) -> serde_json::Value {
+    let mut v = json!(s);
+    if let Some(map) = v.as_object_mut() {
+        map.insert("speedup".into(), s.speedup().into());
+        map.insert("bound".into(), s.bound().into());
+        map.insert("block_sparse".into(), s.is_block_sparse().into());
+    }
+    v
+}
+
+fn simulation_text(out: &mut dyn Write, id: &str, grid: Grid, all: &[Simulation]) -> std::io::Result<()> {
+    writeln!(out, "{id} on {grid}: {} tokens", grid.tokens())?;
+    if let Some(s) = all.first() {
+        let keys = s.pairs as f64 / grid.tokens().max(1) as f64;
+        writeln!(
+            out,
+            "{keys:.1} keys a query, {:.2}% of dense; counting operations bounds the speed-up by {:.2}\n",
+            100.0 / s.bound(),
+            s.bound()
+        )?;
+    }
+    let shape = |t: [usize; 3]| format!("{}x{}x{}", t[0], t[1], t[2]);
+    writeln!(
+        out,
+        "{:<12}{:<12}{:>14}{:>16}{:>10}  masks",
+        "queries", "keys", "tiles visited", "tiles of dense", "speed-up"
+    )?;
+    for (i, s) in all.iter().enumerate() {
+        let masks = if s.is_block_sparse() { "none: block-sparse" } else { "inside tiles" };
+        let whose = if i == 0 { " (tiles of our kernels)" } else { "" };
+        let (q, kv, fast) = (shape(s.q_tile), shape(s.kv_tile), s.speedup());
+        writeln!(out, "{q:<12}{kv:<12}{:>14}{:>16}{fast:>10.2}  {masks}{whose}", s.visited, s.dense)?;
     }
     Ok(())
 }

@@ -16,15 +16,13 @@
 //! Which pattern with which sizes suits a head is found offline by [`search`].
 
 use super::estimate::{SOFTMAX_FLOPS, bytes, hide};
-use super::mask::tile_pairs;
+use super::search::{Judge, cost};
 use super::{HeadProblem, HeadSelection, Mat, Selector};
-use crate::error::{Error, Result};
-use crate::prim::gemm::{self, Columns, Rows, abt, packed};
+use crate::error::Result;
+use crate::prim::gemm::{self, Columns, Rows, abt};
 use crate::prim::pool::{column_exp, column_max, mean_blocks};
 use crate::prim::select::topk;
-use crate::prim::{AttendOptions, attend, attend_selected};
 use crate::system::{Card, Config, Family, Growth, Law, Params, Slot, Spec, System, configure, params_of};
-use candle_core::{Device, Tensor};
 use foveal_kernels::{HeadKeys, HeadTable, Work};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -353,7 +351,7 @@ pub struct SearchOptions {
 
 impl Default for SearchOptions {
     fn default() -> Self {
-        Self { budget: 0.3, gather_cost: 1.3, max_error: 0.5 }
+        Self { budget: 0.3, gather_cost: super::search::GATHER_COST, max_error: 0.5 }
     }
 }
 
@@ -378,42 +376,13 @@ pub struct Found {
     pub tried: Vec<Candidate>,
 }
 
-/// Cost of `config` on a head with values of `dv` elements, as a share of dense causal attention.
-///
-/// Kernel-aware as in the paper: what counts is not the pairs that a pattern names but the tiles
-/// that the kernel runs for them, the dearer gathered keys, and the estimate.
-pub fn cost(config: &MInference, p: &HeadProblem, dv: usize, gather_cost: f64) -> Result<f64> {
-    let (tq, tk) = (p.q.rows, p.k.rows);
-    let per_pair = (2 * (p.q.cols + dv)) as f64;
-    let (dense, _) = tile_pairs(&HeadSelection::dense(p), tq, tk);
-    let (selection, work) = config.select(p)?;
-    let (tiles, keys) = tile_pairs(&selection, tq, tk);
-    let flops = (tiles as f64 + keys as f64 * gather_cost) * per_pair + work.flops as f64;
-    Ok(flops / (dense as f64 * per_pair).max(1.0))
-}
-
 /// The offline pattern search for one head on a calibration prompt: of several patterns and
 /// ratios of sizes, each scaled to the same cost, the one whose output is nearest to exact
 /// attention, or dense if even that is too far off. `v` is (Tk, Dv). The prompt should be of the length at which the plan will run, or
 /// near it; 2,048 tokens and more tell the patterns apart.
 pub fn search(p: &HeadProblem, v: &Mat, options: &SearchOptions) -> Result<Found> {
-    let (tq, tk) = (p.q.rows, p.k.rows);
-    if v.rows != tk || tq == 0 {
-        return Err(Error::Shape {
-            op: "minference search",
-            tensor: "v",
-            shape: vec![v.rows, v.cols],
-            expected: format!("({tk}, head_dim) as k, and at least one query"),
-        });
-    }
-    let tensor = |m: &Mat| -> Result<Tensor> {
-        Ok(Tensor::from_vec(packed(m, m.rows).into_owned(), (1, 1, m.rows, m.cols), &Device::Cpu)?)
-    };
-    let (q, k, vals) = (tensor(&p.q)?, tensor(&p.k)?, tensor(v)?);
-    let o = AttendOptions { scale: Some(p.scale), ..AttendOptions::causal() };
-    let rows = |t: &Tensor| -> Result<Vec<f32>> { Ok(t.flatten_all()?.to_vec1()?) };
-    let exact = rows(&attend(&q, &k, &vals, &o, None)?.out)?;
-    let norm: f64 = exact.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+    let tk = p.k.rows;
+    let judge = Judge::new(p, v)?;
 
     let base = MInference { max_share: 1.0, ..MInference::default() };
     // Ratios of columns to diagonals, from the authors' search space, as directions in which
@@ -432,10 +401,8 @@ pub fn search(p: &HeadProblem, v: &Mat, options: &SearchOptions) -> Result<Found
             return Ok(());
         }
         let cost = cost(&config, p, v.cols, options.gather_cost)?;
-        let (selection, _) = config.select(p)?;
-        let out = rows(&attend_selected(&q, &k, &vals, &o, vec![selection])?.out)?;
-        let off: f64 = out.iter().zip(&exact).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt();
-        tried.push(Candidate { config, error: if norm > 0.0 { off / norm } else { off }, cost });
+        let error = judge.error(config.select(p)?.0)?;
+        tried.push(Candidate { config, error, cost });
         Ok(())
     };
     // Four digits: what a plan shows is what it runs.

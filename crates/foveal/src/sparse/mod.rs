@@ -1,21 +1,33 @@
 //! Sparse patterns (family B): which keys each query of the prompt visits.
 
 pub mod anchorattention;
+pub mod axes;
 pub mod dhsa;
+pub mod dilated_neighborhood_attention;
 mod estimate;
+pub mod generalized_neighborhood_attention;
 mod grid;
+pub mod halonet;
 pub mod hip_attention;
 pub mod hyperattention;
+pub mod lrgt;
 pub mod mask;
 pub mod minference;
 pub mod mminference;
+pub mod moa_sparse;
 pub mod moba;
+pub(crate) mod neighborhood;
 mod order;
+pub mod paroattention;
 mod pattern;
+pub mod pixelfly;
+pub mod radial_attention;
 pub mod routing_transformer;
 pub mod run;
 pub mod s2_attention;
 pub mod sale;
+pub mod search;
+pub mod sparse_vdit;
 pub mod superlinear;
 pub mod xattention;
 
@@ -40,6 +52,15 @@ pub const CARDS: &[&Card] = &[
     &routing_transformer::CARD,
     &sale::CARD,
     &superlinear::CARD,
+    &dilated_neighborhood_attention::CARD,
+    &generalized_neighborhood_attention::CARD,
+    &halonet::CARD,
+    &lrgt::CARD,
+    &moa_sparse::CARD,
+    &paroattention::CARD,
+    &pixelfly::CARD,
+    &radial_attention::CARD,
+    &sparse_vdit::CARD,
 ];
 
 /// Rows of a matrix of f32, with a row stride.
@@ -235,5 +256,10 @@ pub trait Selector: Send + Sync {
     /// What problems it can serve. Callers check it before `select`.
     fn domain(&self) -> Domain {
         Domain::CAUSAL
+    }
+
+    /// What queries of each axis of a grid visit on it, of a static pattern that is the product of its axes.
+    fn axes(&self, _grid: Grid) -> Option<[axes::Axis; 3]> {
+        None
     }
 }

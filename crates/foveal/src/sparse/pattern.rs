@@ -1,6 +1,7 @@
 //! Static patterns: tables of blocks that depend on positions alone.
 
 use foveal_kernels::HeadTable;
+use std::ops::Range;
 
 /// Most queries of a tile with row masks.
 const TILE: usize = 64;
@@ -46,5 +47,44 @@ pub(crate) fn table<I: IntoIterator<Item = u32>>(
         }
         out.indptr.push(out.blocks.len());
     }
+    out
+}
+
+/// The table of `tq` queries, of which query i visits the runs of keys that `runs(i, f)` hands to f: disjoint and not
+/// empty, in any order. Tiles of queries carry a bit a query for each key, unless no tile needs it. Takes time linear in
+/// runs and entries, but for a sort of the ends of a tile's runs.
+pub(crate) fn runs_table(tq: usize, tk: usize, runs: impl Fn(usize, &mut dyn FnMut(Range<usize>))) -> HeadTable {
+    let mut out = HeadTable { block_q: TILE, block_k: 1, indptr: vec![0], blocks: Vec::new(), rows: None };
+    let (mut marks, mut plain) = (Vec::new(), true);
+    // Bits of the queries whose run starts or ends at a key.
+    let mut turns = vec![0u64; tk + 1];
+    let mut at: Vec<usize> = Vec::new();
+    for r0 in (0..tq).step_by(TILE) {
+        let n = TILE.min(tq - r0);
+        for r in 0..n {
+            runs(r0 + r, &mut |run| {
+                for x in [run.start, run.end] {
+                    if turns[x] == 0 {
+                        at.push(x);
+                    }
+                    turns[x] ^= 1 << r;
+                }
+            });
+        }
+        at.sort_unstable();
+        at.dedup();
+        let mut rows = 0;
+        for (i, &x) in at.iter().enumerate() {
+            rows ^= std::mem::take(&mut turns[x]);
+            if rows != 0 {
+                out.blocks.extend(x as u32..at[i + 1] as u32);
+                marks.resize(out.blocks.len(), rows);
+                plain &= rows == u64::MAX >> (TILE - n);
+            }
+        }
+        at.clear();
+        out.indptr.push(out.blocks.len());
+    }
+    out.rows = (!plain).then_some(marks);
     out
 }
