@@ -1,6 +1,7 @@
 //! The narrow waist: one function per primitive, on candle tensors or plain rows.
 
 pub mod attend;
+pub mod cluster;
 pub mod conv;
 pub mod decode;
 pub mod factor;

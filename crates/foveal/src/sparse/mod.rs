@@ -2,6 +2,10 @@
 
 pub mod anchorattention;
 pub mod axes;
+pub mod biformer_bra;
+mod boxes;
+pub mod catanet;
+pub mod combiner;
 pub mod dhsa;
 pub mod dilated_neighborhood_attention;
 mod estimate;
@@ -10,6 +14,7 @@ mod grid;
 pub mod halonet;
 pub mod hip_attention;
 pub mod hyperattention;
+pub mod llsa;
 pub mod lrgt;
 pub mod mask;
 pub mod minference;
@@ -22,13 +27,17 @@ pub mod paroattention;
 mod pattern;
 pub mod pixelfly;
 pub mod radial_attention;
+pub mod re_ttention;
 pub mod routing_transformer;
 pub mod run;
 pub mod s2_attention;
 pub mod sale;
 pub mod search;
+pub mod sla;
 pub mod sparse_vdit;
 pub mod superlinear;
+pub mod svg2;
+pub mod vmoba;
 pub mod xattention;
 
 use crate::error::{Error, Result};
@@ -61,6 +70,14 @@ pub const CARDS: &[&Card] = &[
     &pixelfly::CARD,
     &radial_attention::CARD,
     &sparse_vdit::CARD,
+    &biformer_bra::CARD,
+    &catanet::CARD,
+    &combiner::CARD,
+    &llsa::CARD,
+    &re_ttention::CARD,
+    &sla::CARD,
+    &svg2::CARD,
+    &vmoba::CARD,
 ];
 
 /// Rows of a matrix of f32, with a row stride.

@@ -111,7 +111,7 @@ pub fn prefill<'s>(
 }
 
 /// Hand the f32 memory of a (B, H, T, D) tensor with contiguous rows, and its strides, to `f`.
-fn with_rows<R>(name: &'static str, t: &Tensor, f: impl FnOnce(&[f32], [usize; 3]) -> R) -> Result<R> {
+pub(super) fn with_rows<R>(name: &'static str, t: &Tensor, f: impl FnOnce(&[f32], [usize; 3]) -> R) -> Result<R> {
     let t = crate::prim::tensor::rows_contiguous("prefill", name, &t.detach())?;
     let (storage, layout) = t.storage_and_layout();
     let s = layout.stride();
