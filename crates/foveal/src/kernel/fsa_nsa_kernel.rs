@@ -17,7 +17,7 @@
 use crate::error::{Error, Result};
 use crate::mixer::{MixInput, Mixed, Mixer, MixerDims, MixerSystem};
 use crate::prim::gemm::abt;
-use crate::prim::pool::mean_blocks;
+use crate::prim::pool::{mean_blocks, row_softmax};
 use crate::prim::select::topk_into;
 use crate::prim::{AttendOptions, Attended, attend};
 use crate::sparse::{HeadSelection, Mat};
@@ -250,7 +250,7 @@ const GATE: usize = 128;
 
 impl FsaNsaKernel {
     /// Blocks of each query of one group of heads: q (group, Tq, D) with all rows in place, k (Tk, D).
-    fn choose(&self, q: &[Mat], k: &Mat, scale: f32) -> (HeadTable, Work) {
+    fn choose(&self, q: &[Mat], k: &Mat, scale: f32) -> Result<(HeadTable, Work)> {
         let (b, d, tk) = (self.block_size, k.cols, k.rows);
         let tq = q.first().map_or(0, |q| q.rows);
         let off = tk - tq;
@@ -269,6 +269,13 @@ impl FsaNsaKernel {
                 let rows = &q.data()[r0 * q.stride..];
                 work.flops += abt(m, width, d, scale, rows, q.stride, &means, d, gate);
                 work.bytes += ((m + width) * d * 4) as u64;
+                // Softmax over the complete blocks of each query's past.
+                let gate = &mut gate[..m * width];
+                for (r, row) in (off + r0..).zip(gate.chunks_exact_mut(width.max(1))) {
+                    row[r / b..].fill(f32::NEG_INFINITY);
+                }
+                row_softmax(gate, width)?;
+                work.flops += (4 * m * width) as u64;
             }
             for r in r0..r0 + m {
                 let own = (off + r) / b;
@@ -282,13 +289,9 @@ impl FsaNsaKernel {
                     votes.clear();
                     votes.resize(near - init, 0f32);
                     for gate in gates.chunks_exact(GATE * past).take(q.len()) {
-                        // Softmax over the complete blocks of the past.
-                        let gate = &gate[(r - r0) * width..][..own];
-                        let top = gate.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                        let sum: f32 = gate.iter().map(|x| (x - top).exp()).sum();
-                        votes.iter_mut().zip(&gate[init..]).for_each(|(v, x)| *v += (x - top).exp() / sum);
+                        let gate = &gate[(r - r0) * width..][init..own];
+                        votes.iter_mut().zip(gate).for_each(|(v, x)| *v += x);
                     }
-                    work.flops += (5 * own * q.len()) as u64;
                     topk_into(&votes, room, &mut ranks, &mut best);
                     table.blocks.extend(best.iter().map(|x| x + init as u32));
                 }
@@ -296,7 +299,7 @@ impl FsaNsaKernel {
                 table.indptr.push(table.blocks.len());
             }
         }
-        (table, work)
+        Ok((table, work))
     }
 }
 
@@ -318,13 +321,13 @@ impl Mixer for FsaNsaKernel {
         };
         let (q, k) = (flat(i.q)?, flat(i.k)?);
         let group = h / hkv;
-        let chosen: Vec<(HeadTable, Work)> = (0..b * hkv)
+        let chosen = (0..b * hkv)
             .into_par_iter()
             .map(|x| {
                 let of = (0..group).map(|g| Mat::new(&q[(x * group + g) * tq * d..], tq, d, d)).collect::<Vec<_>>();
                 self.choose(&of, &Mat::new(&k[x * tk * d..], tk, d, d), scale)
             })
-            .collect();
+            .collect::<Result<Vec<_>>>()?;
         let select = chosen.iter().map(|c| c.1).sum();
         let lists: Vec<HeadTable> = chosen.into_iter().map(|c| c.0).collect();
         let options = AttendOptions { scale: Some(scale), ..AttendOptions::default() };
@@ -362,6 +365,10 @@ pub const CARD: Card = Card {
          time are merged before the next are computed.",
         "Forward only: the paper also gives the backward pass. Training uses the query-outer kernels, which are exact for the \
          same lists.",
+        "On a CPU this order loses: a tile of queries finds its keys in the cache in either order, and what the gathering and the \
+         merging of partial outputs cost is not won back. On recorded heads of SmolLM2, 8,192 tokens, whole and in bf16, topk=8 \
+         takes 1.9 and topk=16 3.0 times dense's time; the same choice by MoBA with row masks of 16 queries 0.8 and 1.1.",
+        "Perplexity of SmolLM2-135M, 2,048 tokens: dense 6.92, default 6.97 with 75% of the pairs computed, topk=8 7.19 with 43%.",
     ],
     params: params_of::<FsaNsaKernel>,
     build,

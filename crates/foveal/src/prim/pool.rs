@@ -1,6 +1,7 @@
 //! Block pooling of rows, and what is read off tables of scores with a key a row and a query a
 //! column (strides as of [`crate::prim::gemm::scores`]).
 
+use crate::error::Result;
 use crate::sparse::Mat;
 use foveal_kernels::{Isa, scores};
 
@@ -25,6 +26,14 @@ pub fn row_dots(a: &[f32], a_stride: usize, b: &[f32], b_stride: usize, width: u
 /// softmax over keys but for the factor `1/sum[i]`. −∞ gives 0.
 pub fn column_exp(x: &mut [f32], top: &[f32], sum: &mut [f32]) {
     scores::column_exp(x, top, sum, Isa::active());
+}
+
+/// Softmax of each row of `width` entries in place; a row that is −∞ throughout becomes zero.
+pub fn row_softmax(x: &mut [f32], width: usize) -> Result<()> {
+    if width > 0 {
+        foveal_kernels::elementwise::softmax_rows(x, width, Isa::active())?;
+    }
+    Ok(())
 }
 
 /// `out[g]` = the largest entry of the rows g·group..(g+1)·group of `x`, `stride` entries apart.

@@ -303,6 +303,9 @@ pub const CARD: Card = Card {
         "Heads share the directions, as in the code; each rectangle and K/V head draws a sample of its own from the seed.",
         "Both halves of the recursion depend on the length of the prompt, so a prefix is split elsewhere: only the mask is \
          promised causal.",
+        "Perplexity of SmolLM2-135M, 2,048 tokens: dense 6.92, min_seq_len=256 27.9 with 67% of the pairs computed, with \
+         block_size=64,sample_size=64 23.4 with 32%. The first keys, where attention sinks, are single large entries that a \
+         uniform sample seldom holds and then overweighs.",
     ],
     params: params_of::<HyperAttention>,
     build,
