@@ -366,6 +366,65 @@ pub struct PlanArgs {
 pub enum BenchCommand {
     Ops(BenchOpsArgs),
     Model(BenchModelArgs),
+    Selectors(BenchSelectorsArgs),
+}
+
+/// Measure what every causal selector keeps of the attention mass, at what density and in what time
+///
+/// Each system runs at several budgets on the same queries and keys: random ones, and those of a real prompt, one
+/// head from every so manyth layer of the model. Mass is the exact softmax weight of the visited keys on sampled
+/// queries. Time is that of choosing and attending, in rounds that take turns with dense attention by the same
+/// kernels.
+#[derive(Args)]
+pub struct BenchSelectorsArgs {
+    /// Known name, GGUF file, or folder with config.json and *.safetensors
+    #[arg(default_value = DEFAULT_MODEL)]
+    pub model: String,
+    #[command(flatten)]
+    pub load: LoadArgs,
+    /// Token counts
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "8192")]
+    pub lengths: Vec<usize>,
+    /// Query heads, each with keys of its own
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub heads: usize,
+    /// Width of the random heads
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub head_dim: usize,
+    /// What q and k to use: random, recorded
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "recorded")]
+    pub source: Vec<Source>,
+    /// Systems with parameters, separated by commas; a part name=value belongs to the system before it [default: every
+    /// causal selector at several budgets]
+    #[arg(long, value_name = "LIST", value_parser = specs)]
+    pub systems: Vec<Specs>,
+    /// Timed rounds; 0 measures mass and density alone
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub rounds: usize,
+    /// Queries of each head on which mass is measured
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub rows: usize,
+    /// Text to read, UTF-8 [default: the King James Bible, fetched once]
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+    /// File of recorded q and k: read if it is there, else written; of one length
+    #[arg(long, value_name = "FILE")]
+    pub recording: Option<PathBuf>,
+    /// Also write the rows to a JSON file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Draw mass against density to an SVG file
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+}
+
+/// Where q and k come from
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Source {
+    /// Standard normal numbers
+    Random,
+    /// A real prompt of the model
+    Recorded,
 }
 
 /// Time a whole model: tokens a second of prompts and of decoding after long prompts

@@ -79,6 +79,7 @@ fn run(command: &Command, ctx: &Context, out: &mut dyn Write) -> Result {
         Command::Plan(a) => commands::plan::run(a, ctx, out),
         Command::Bench(BenchCommand::Ops(a)) => commands::bench::ops(a, ctx, out),
         Command::Bench(BenchCommand::Model(a)) => commands::bench::model(a, ctx, out),
+        Command::Bench(BenchCommand::Selectors(a)) => commands::bench::selectors(a, ctx, out),
         Command::List(a) => commands::list::run(a, out),
         Command::Show(a) => commands::show::run(a, out),
         Command::Doctor(a) => commands::doctor::run(a, ctx, out),

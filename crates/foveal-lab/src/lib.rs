@@ -17,6 +17,7 @@ pub mod ppl;
 pub mod report;
 pub mod results;
 pub mod roofline;
+pub mod selectors;
 #[cfg(test)]
 mod testing;
 pub mod verdict;

@@ -1,7 +1,7 @@
 //! `foveal bench`.
 
 use crate::Context;
-use crate::cli::{BenchModelArgs, BenchOpsArgs, Format};
+use crate::cli::{BenchModelArgs, BenchOpsArgs, BenchSelectorsArgs, Format, Source};
 use crate::error::{CliError, Result};
 use crate::files::{self, check_folder};
 use crate::models;
@@ -14,9 +14,11 @@ use foveal_lab::facts::cpu_name;
 use foveal_lab::model_bench::{self, MAX_TOKENS, ModelBench, Request};
 use foveal_lab::report;
 use foveal_lab::roofline::{self, Roofline};
+use foveal_lab::selectors::{self, Operands, SelectorBench};
 use foveal_llm::PrefillOptions;
 use serde_json::{Value, json};
 use std::io::{BufRead, Write};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Tokens of a text that requests over --serve may reach into.
@@ -176,4 +178,67 @@ fn serve(bench: &mut ModelBench, about: &Value, out: &mut dyn Write) -> Result {
         say(&answer)?;
     }
     Ok(())
+}
+
+pub fn selectors(a: &BenchSelectorsArgs, ctx: &Context, out: &mut dyn Write) -> Result {
+    if a.lengths.is_empty() || a.lengths.iter().any(|&n| n == 0 || n > MAX_TOKENS) {
+        return Err(CliError::Arguments(format!("--lengths: give token counts from 1 to {MAX_TOKENS}")));
+    }
+    if a.recording.is_some() && a.lengths.len() > 1 {
+        return Err(CliError::Arguments("--recording holds one length; give one in --lengths".into()));
+    }
+    for path in [&a.json, &a.svg, &a.recording].into_iter().flatten() {
+        check_folder(path)?;
+    }
+    let systems = a.systems.iter().flat_map(|l| l.0.clone()).collect();
+    let options = SelectorBench { systems, rounds: a.rounds, rows: a.rows };
+    let mut all = Vec::new();
+    for &source in &a.source {
+        for &length in &a.lengths {
+            let operands = operands(a, source, length, ctx)?;
+            ctx.remark(&format!("{} tokens, {}", operands.tokens, operands.source));
+            let progress = Progress::new(ctx);
+            let rows = selectors::measure(&operands, &options, Some(&*ctx.cancel), &mut |done, what| {
+                progress.at(done, what);
+            })?;
+            drop(progress);
+            writeln!(out, "{} tokens, {}\n\n{}", operands.tokens, operands.source, selectors::markdown(&rows))?;
+            if let Some(best) = selectors::best(&rows, 0.95) {
+                writeln!(out, "Fastest that keeps 95%: {}, {:.2} times dense\n", best.system, best.speedup)?;
+            }
+            all.extend(rows);
+        }
+    }
+    if let Some(path) = &a.json {
+        let text = serde_json::to_string_pretty(&all).map_err(std::io::Error::from)? + "\n";
+        files::write_whole(path, text.as_bytes())?;
+    }
+    if let Some(path) = &a.svg {
+        files::write_whole(path, report::mass(&all).as_bytes())?;
+        ctx.remark(&format!("wrote {}", path.display()));
+    }
+    Ok(())
+}
+
+/// q and k of one source and length.
+fn operands(a: &BenchSelectorsArgs, source: Source, length: usize, ctx: &Context) -> Result<Operands> {
+    if source == Source::Random {
+        return Ok(Operands::random(a.heads, length, a.head_dim, 0));
+    }
+    if let Some(path) = a.recording.as_ref().filter(|p| p.exists()) {
+        return Ok(Operands::load(path)?);
+    }
+    let loaded = models::load(&a.model, &a.load, ctx)?;
+    let text = models::text(a.text.as_deref(), length, a.load.offline, &loaded.tokenizer, ctx)?;
+    let Some(tokens) = text.tokens.get(..length) else {
+        return Err(CliError::Arguments(format!("the text has {} tokens, {length} are needed", text.tokens.len())));
+    };
+    let progress = Arc::new(Progress::new(ctx));
+    let told = progress.clone();
+    let tell = move |done: usize, all: usize| told.at(done as f64 / all.max(1) as f64, "recording");
+    let o = Operands::record(&loaded.model, tokens, a.heads, Some(ctx.cancel.clone()), Some(Arc::new(tell)))?;
+    if let Some(path) = &a.recording {
+        o.save(path)?;
+    }
+    Ok(o)
 }

@@ -24,7 +24,7 @@ pub(crate) fn esc(s: &str) -> String {
 }
 
 /// One axis: from data to pixels.
-struct Axis {
+pub(super) struct Axis {
     lo: f64,
     hi: f64,
     from: f64,
@@ -33,7 +33,7 @@ struct Axis {
 }
 
 impl Axis {
-    fn new(values: impl Iterator<Item = f64>, from: f64, to: f64, log: bool, pad: f64) -> Axis {
+    pub(super) fn new(values: impl Iterator<Item = f64>, from: f64, to: f64, log: bool, pad: f64) -> Axis {
         let v: Vec<f64> = values.filter(|x| x.is_finite() && (!log || *x > 0.0)).collect();
         let (mut lo, mut hi) =
             (v.iter().copied().fold(f64::INFINITY, f64::min), v.iter().copied().fold(f64::NEG_INFINITY, f64::max));
@@ -49,7 +49,7 @@ impl Axis {
         Axis { lo, hi, from, to, log }
     }
 
-    fn px(&self, x: f64) -> f64 {
+    pub(super) fn px(&self, x: f64) -> f64 {
         let f = if self.log {
             (x.max(1e-300) / self.lo).ln() / (self.hi / self.lo).ln()
         } else {
@@ -58,7 +58,7 @@ impl Axis {
         self.from + f * (self.to - self.from)
     }
 
-    fn ticks(&self) -> Vec<f64> {
+    pub(super) fn ticks(&self) -> Vec<f64> {
         if self.log {
             let decade = |e: i32, m: f64| m * 10f64.powi(e);
             let steps: &[f64] = if self.hi / self.lo > 300.0 { &[1.0] } else { &[1.0, 2.0, 5.0] };
@@ -125,7 +125,7 @@ fn frame(s: &mut String, x: &Axis, y: &Axis, xl: &str, yl: &str, tick_x: &dyn Fn
     );
 }
 
-fn color(system: usize) -> String {
+pub(super) fn color(system: usize) -> String {
     format!("s{}", system % 12)
 }
 
@@ -135,7 +135,7 @@ fn dot(s: &mut String, system: usize, x: f64, y: f64, hint: &str) {
 }
 
 /// A dot in the colour of `class`.
-fn numbered(s: &mut String, class: usize, number: usize, x: f64, y: f64, hint: &str) {
+pub(super) fn numbered(s: &mut String, class: usize, number: usize, x: f64, y: f64, hint: &str) {
     let _ = writeln!(
         s,
         "<g class=\"{}\"><title>{}</title><circle class=\"dot\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"8\"/><text class=\"dotnum\" x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{number}</text></g>",
