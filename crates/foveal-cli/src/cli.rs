@@ -49,6 +49,8 @@ pub enum Command {
     Plan(PlanArgs),
     #[command(subcommand)]
     Bench(BenchCommand),
+    #[command(subcommand)]
+    Tune(TuneCommand),
     List(ListArgs),
     Show(ShowArgs),
     Doctor(DoctorArgs),
@@ -101,6 +103,69 @@ pub struct ChoiceArgs {
     /// Storage of keys and values: f32, bf16, int8 or int4 [default: bf16]
     #[arg(long, value_name = "TYPE", value_parser = kv_dtype)]
     pub kv_dtype: Option<KvDtype>,
+}
+
+/// Train what attention systems learn, on a pretrained model that stays as it is
+#[derive(Subcommand)]
+pub enum TuneCommand {
+    Gates(TuneGatesArgs),
+}
+
+/// Teach SeerAttention's gates a model's own attention
+///
+/// Runs the model once over each piece of a text, keeps pooled queries and keys and the block maxima of its true
+/// attention, and fits every layer's gates to them. Prints how much of the true attention of held-out text the blocks
+/// hold that the gates choose, beside other choices of as many blocks, and writes a file for
+/// --prefill seerattention:gates=FILE.
+#[derive(Args)]
+pub struct TuneGatesArgs {
+    /// Known name, GGUF file, or folder with config.json and *.safetensors
+    #[arg(default_value = DEFAULT_MODEL)]
+    pub model: String,
+    #[command(flatten)]
+    pub load: LoadArgs,
+    /// Text to read, UTF-8 [default: the King James Bible, fetched once]
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+    /// The gates, a safetensors file
+    #[arg(long, value_name = "FILE", default_value = "gates.safetensors")]
+    pub out: PathBuf,
+    /// Settings, losses and recall of every layer as JSON
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// Queries and keys per block
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub block_size: usize,
+    /// Channels of a gate; 0: those of a head
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub gate_dim: usize,
+    /// Tokens of a piece of text
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    pub length: usize,
+    /// Pieces that gates are taught on
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub sequences: usize,
+    /// Pieces after those that gates are judged on
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub held_out: usize,
+    /// Optimiser steps of each layer
+    #[arg(long, value_name = "N", default_value_t = 400)]
+    pub steps: usize,
+    /// Pieces a step
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub batch: usize,
+    /// Highest learning rate
+    #[arg(long, value_name = "RATE", default_value_t = 2e-3)]
+    pub lr: f64,
+    /// Seed of initial gates and of the order of pieces
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// Blocks per query block, own included, at which choices are compared
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "2,4,8")]
+    pub budgets: Vec<usize>,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Fetch a model or text by name into the cache folder

@@ -11,7 +11,7 @@ mod run_facts;
 mod table;
 
 use clap::Parser;
-use cli::{BenchCommand, Cli, Command};
+use cli::{BenchCommand, Cli, Command, TuneCommand};
 use error::{CliError, Result};
 use foveal_kernels::Isa;
 use std::io::Write;
@@ -80,6 +80,7 @@ fn run(command: &Command, ctx: &Context, out: &mut dyn Write) -> Result {
         Command::Bench(BenchCommand::Ops(a)) => commands::bench::ops(a, ctx, out),
         Command::Bench(BenchCommand::Model(a)) => commands::bench::model(a, ctx, out),
         Command::Bench(BenchCommand::Selectors(a)) => commands::bench::selectors(a, ctx, out),
+        Command::Tune(TuneCommand::Gates(a)) => commands::tune::gates(a, ctx, out),
         Command::List(a) => commands::list::run(a, out),
         Command::Show(a) => commands::show::run(a, out),
         Command::Doctor(a) => commands::doctor::run(a, ctx, out),

@@ -284,6 +284,50 @@ fn evaluates_and_plans() {
 }
 
 #[test]
+fn teaches_gates_and_runs_on_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |n: &str| dir.path().join(n);
+    tiny_model(&at("m"));
+    std::fs::write(at("text"), text(400)).unwrap();
+    let small = ["--length", "128", "--block-size", "16", "--sequences", "3", "--held-out", "1", "--budgets", "2,4"];
+    let tune = |more: &[&'static str]| -> Vec<&'static str> {
+        ["tune", "gates", "m", "--text", "text"].iter().chain(&small).chain(more).copied().collect()
+    };
+    let args = tune(&["--steps", "60", "--lr", "0.01", "--out", "g.safetensors", "--report", "g.json"]);
+    let told = ok(dir.path(), &args);
+    assert!(told.contains("gate after training") && told.contains("seerattention:gates=g.safetensors"), "{told}");
+    let report: Value = serde_json::from_slice(&std::fs::read(at("g.json")).unwrap()).unwrap();
+    let (loss, recall) = (&report["report"]["loss"], &report["report"]["recall"]);
+    assert!(loss[1].as_f64().unwrap() < loss[0].as_f64().unwrap(), "{loss}");
+    for budget in recall.as_array().unwrap() {
+        let of = |name: &str| -> f64 {
+            let all = budget["choices"].as_array().unwrap();
+            all.iter().find(|c| c["choice"] == name).unwrap()["recall"].as_f64().unwrap()
+        };
+        let best = of("best possible");
+        assert!(
+            of("gate after training") > of("random") && of("gate after training") <= best && best <= 1.0,
+            "{budget}"
+        );
+    }
+    // The same settings give the same gates.
+    let first = std::fs::read(at("g.safetensors")).unwrap();
+    ok(dir.path(), &args);
+    assert_eq!(first, std::fs::read(at("g.safetensors")).unwrap());
+    let ppl = |prefill: &str| -> f64 {
+        let args = ["eval", "ppl", "m", "--text", "text", "--length", "512", "--json", "--prefill", prefill];
+        serde_json::from_str::<Value>(&ok(dir.path(), &args)).unwrap()["score"]["ppl"].as_f64().unwrap()
+    };
+    let gates = "seerattention:gates=g.safetensors,block_size=16";
+    assert_eq!(ppl(&format!("{gates},threshold=0")), ppl("seerattention:threshold=0,block_size=16"));
+    assert!(ppl(&format!("{gates},topk=4")).is_finite());
+    let e = fails(dir.path(), &tune(&["--length", "32", "--out", "no/g.safetensors"]));
+    assert!(e.contains("no does not exist"), "{e}");
+    let e = fails(dir.path(), &["tune", "gates", "m", "--text", "text", "--quiet"]);
+    assert!(e.contains("tokens of text") && e.contains("give a longer text"), "{e}");
+}
+
+#[test]
 fn times_the_primitives() {
     let dir = tempfile::tempdir().unwrap();
     let args = ["bench", "ops", "--filter", "attend", "--tokens", "64", "--seconds", "0", "--format", "json"];

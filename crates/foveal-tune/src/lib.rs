@@ -9,6 +9,7 @@
 pub mod baseline;
 pub mod data;
 pub mod error;
+pub mod gates;
 pub mod model;
 pub mod optim;
 pub mod tasks;

@@ -67,7 +67,7 @@ impl Case {
 }
 
 /// Every system at sizes small enough to leave something out of a few hundred keys.
-const SMALL: [&str; 18] = [
+const SMALL: [&str; 20] = [
     "minference:max_share=0.2,sinks=3,recent=9,last_q=20,block_size=16",
     "minference:pattern=a-shape,init=9,local=30,block_size=16",
     "minference:pattern=block-sparse,max_share=0.2,block_size=16",
@@ -86,6 +86,8 @@ const SMALL: [&str; 18] = [
     "generalized-neighborhood-attention:window=30,stride=8",
     "moa-sparse:alpha=32,beta=0.1,block_size=16,sinks=5",
     "pixelfly:block_size=16",
+    "seerattention:block_size=16,topk=4",
+    "seerattention:block_size=16,threshold=0.05",
 ];
 
 const SHAPES: [(usize, usize); 10] =
@@ -108,6 +110,7 @@ fn selections_fit_the_problem_see_their_own_key_and_are_disjoint() {
             "superlinear",
             "superlinear:window_index=0,spans=0,block_q=64,block_k=1",
             "dhsa:topk=0,block_size=5,local=5,global=0,min_chunk=1,max_chunk=1",
+            "seerattention",
         ]) {
             let (s, work) = case.select(spec);
             s.check(tq, tk).unwrap_or_else(|e| panic!("{spec} ({tq}, {tk}): {e}"));
@@ -158,6 +161,8 @@ fn full_budgets_are_exact() {
         "moa-sparse:beta=1",
         "moa-sparse:alpha=100000,beta=0,block_size=16",
         "pixelfly:block_size=16,global_blocks=100000",
+        "seerattention:threshold=0",
+        "seerattention:block_size=16,topk=1000000",
     ];
     for (tq, tk) in SHAPES {
         let case = Case::new(tq, tk, 12);
@@ -201,6 +206,7 @@ fn a_prefix_selects_the_prefix() {
         ("fused-neighborhood-attention:window=15,dilation=3", 1),
         ("generalized-neighborhood-attention:window=40", 1),
         ("pixelfly:block_size=16", 1),
+        ("seerattention:block_size=16,topk=4", 16),
     ];
     let whole = Case::new(300, 300, 12);
     for (spec, unit) in units {
@@ -226,6 +232,7 @@ fn chunks_aligned_to_the_blocks_select_as_the_whole() {
         ("generalized-neighborhood-attention:window=30,stride=8", 1),
         ("moa-sparse:alpha=32,beta=0.1,block_size=16,sinks=5", 1),
         ("pixelfly:block_size=16", 1),
+        ("seerattention:block_size=16,topk=4", 16),
     ];
     let n = 300;
     let whole = Case::new(n, n, 12);

@@ -13,6 +13,7 @@ pub mod pull;
 pub mod run;
 pub mod show;
 pub mod train;
+pub mod tune;
 
 use crate::error::Result;
 use serde::Serialize;

@@ -3,17 +3,22 @@
 pub mod anchorattention;
 pub mod axes;
 pub mod biformer_bra;
+pub mod block_map;
 mod boxes;
 pub mod catanet;
 pub mod combiner;
+pub mod core_context_attention;
 pub mod dhsa;
 pub mod dilated_neighborhood_attention;
+pub mod dynamic_mask_attention;
 mod estimate;
 pub mod generalized_neighborhood_attention;
 mod grid;
 pub mod halonet;
 pub mod hip_attention;
 pub mod hyperattention;
+pub mod landmark_attention;
+pub(crate) mod layer_ops;
 pub mod llsa;
 pub mod lrgt;
 pub mod mask;
@@ -32,12 +37,17 @@ pub mod routing_transformer;
 pub mod run;
 pub mod s2_attention;
 pub mod sale;
+pub mod sea_estimated_mask;
 pub mod search;
+pub mod seerattention;
 pub mod sla;
 pub mod sparse_vdit;
+pub mod sparsifiner;
+pub mod ssa;
 pub mod superlinear;
 pub mod svg2;
 pub mod vmoba;
+pub mod vsa_window;
 pub mod xattention;
 
 use crate::error::{Error, Result};
@@ -78,6 +88,14 @@ pub const CARDS: &[&Card] = &[
     &sla::CARD,
     &svg2::CARD,
     &vmoba::CARD,
+    &core_context_attention::CARD,
+    &dynamic_mask_attention::CARD,
+    &landmark_attention::CARD,
+    &sea_estimated_mask::CARD,
+    &seerattention::CARD,
+    &sparsifiner::CARD,
+    &ssa::CARD,
+    &vsa_window::CARD,
 ];
 
 /// Rows of a matrix of f32, with a row stride.
