@@ -5,6 +5,8 @@
 //!
 //!     attend B H HKV T D f32|bf16 full|causal   exact attention, {"seconds", "flops"}
 //!     attend_grad B H HKV T D f32|bf16 full|causal   the same and its backward pass, with {"forward"} seconds
+//!     sparse B H HKV T D f32|bf16 KIND BLOCK PERCENT full|causal   over random keys as `attend_density` makes them
+//!     sparse_grad ...                           the backward pass of the same, alone
 //!     linear M N K f32|bf16|int8|int4           y = x·Wᵀ of M rows, {"seconds", "flops"}
 //!     long_conv C T causal|ready|circular|backward   C channels of T samples, filters as long, seconds
 //!     recur B H T D f32|bf16 GATE               chunked recurrence, {"seconds", "flops"}
@@ -19,15 +21,22 @@
 //! The first request of a kind and shape makes the operands and warms up; a repeated line times one
 //! call on the same operands. FOVEAL_ISA caps the instruction set, RAYON_NUM_THREADS the threads.
 
+#[path = "common/visited.rs"]
+mod visited;
+
 use foveal_kernels::conv::{Boundary, LongConv, LongGrads, Signal, SignalMut, long_conv, long_conv_backward};
 use foveal_kernels::decode::{Codec, Decode, Segment, int4_row_bytes, pack_int4};
 use foveal_kernels::exp::{Fun, apply_to};
 use foveal_kernels::recur::{Gate, Recur};
-use foveal_kernels::{Attend, AttendGrads, Element, Isa, PackedLinear, Upstream, View, ViewMut, WeightFormat};
+use foveal_kernels::{
+    Attend, AttendGrads, Element, Isa, PackedLinear, Upstream, View, ViewMut, WeightFormat, attend_indexed,
+    attend_indexed_backward,
+};
 use half::bf16;
 use rayon::prelude::*;
 use std::io::{BufRead, Write};
 use std::time::Instant;
+use visited::Visited;
 
 type Failure = Box<dyn std::error::Error>;
 /// One call under the clock: seconds, and the fields to answer beside them.
@@ -114,6 +123,60 @@ fn attend_grad<T: Element>(
         let seconds = begin.elapsed().as_secs_f64();
         std::hint::black_box((&dq, &dk, &dv));
         Ok((seconds, format!(", \"forward\": {forward:e}, \"backward_flops\": {}", work.flops)))
+    }))
+}
+
+/// Attention over random choices of keys, or with `grad` its backward pass alone.
+fn sparse<T: Element>(
+    [b, h, hkv, t, d]: [usize; 5],
+    kind: &str,
+    [block, percent]: [usize; 2],
+    causal: bool,
+    grad: bool,
+) -> Result<Call, Failure> {
+    if [b, h, hkv, t, d, block].contains(&0) {
+        return Err("a dimension is 0".into());
+    }
+    let mut random = noise();
+    let mut some = |n: usize| (0..n).map(|_| T::from_f32(random())).collect::<Vec<T>>();
+    let (qs, ks) = ([b, h, t, d], [b, hkv, t, d]);
+    let (nq, nk) = (b * h * t * d, b * hkv * t * d);
+    let (q, k, v) = (some(nq), some(nk), some(nk));
+    let dout: Vec<f32> = some(nq).into_iter().map(T::to_f32).collect();
+    let mut unit = || random() / 3.4 + 0.5;
+    let visited = match percent {
+        100 => Visited::DENSE,
+        _ => Visited::random(kind, b * h, t, block, percent as f32 / 100.0, &mut unit),
+    };
+    let (mut out, mut lse) = (vec![0f32; nq], vec![0f32; b * h * t]);
+    let (mut dq, mut dk, mut dv) = (vec![0f32; nq], vec![0f32; nk], vec![0f32; nk]);
+    Ok(Box::new(move || {
+        let p = Attend::new(1.0 / (d as f32).sqrt()).causal(causal).isa(Isa::active()).table(visited.table.as_ref());
+        let (q, k, v) =
+            (View::contiguous("q", &q, qs)?, View::contiguous("k", &k, ks)?, View::contiguous("v", &v, ks)?);
+        let mut begin = Instant::now();
+        let mut o = ViewMut::contiguous("out", &mut out, qs)?;
+        let mut work = match &visited.lists {
+            None => p.run(&q, &k, &v, &mut o, Some(&mut lse))?,
+            Some(l) => attend_indexed(&p, l, &q, &k, &v, &mut o, Some(&mut lse))?,
+        };
+        if grad {
+            let out = View::contiguous("out", &out, qs)?;
+            let up = Upstream { out: &out, lse: &lse, dout: &View::contiguous("dout", &dout, qs)?, dlse: None };
+            begin = Instant::now();
+            let grads = AttendGrads {
+                dq: &mut ViewMut::contiguous("dq", &mut dq, qs)?,
+                dk: &mut ViewMut::contiguous("dk", &mut dk, ks)?,
+                dv: &mut ViewMut::contiguous("dv", &mut dv, ks)?,
+                dsinks: None,
+                dbias: None,
+            };
+            work = match &visited.lists {
+                None => p.backward(&q, &k, &v, &up, grads)?,
+                Some(l) => attend_indexed_backward(&p, l, &q, &k, &v, &up, grads)?,
+            };
+        }
+        Ok((begin.elapsed().as_secs_f64(), format!(", \"pairs\": {}", work.pairs)))
     }))
 }
 
@@ -367,6 +430,15 @@ fn prepare(line: &str) -> Result<Call, Failure> {
                 _ => Err("the type is f32 or bf16".into()),
             }
         }
+        [op @ ("sparse" | "sparse_grad"), b, h, hkv, t, d, dtype, kind, block, percent, mask] => {
+            let shape = [number(b)?, number(h)?, number(hkv)?, number(t)?, number(d)?];
+            let of = [number(block)?, number(percent)?];
+            match dtype {
+                "f32" => sparse::<f32>(shape, kind, of, mask == "causal", op == "sparse_grad"),
+                "bf16" => sparse::<bf16>(shape, kind, of, mask == "causal", op == "sparse_grad"),
+                _ => Err("the type is f32 or bf16".into()),
+            }
+        }
         [op @ ("recur" | "recur_grad"), b, h, t, d, dtype, gate] => {
             let (shape, grad) = ([number(b)?, number(h)?, number(t)?, number(d)?], op == "recur_grad");
             match dtype {
@@ -391,6 +463,7 @@ fn prepare(line: &str) -> Result<Call, Failure> {
         ["exp", n, calls] => exp(number(n)?, number(calls)?),
         ["read", mib, threads] => read(number(mib)?, number(threads)?),
         _ => Err("requests are: attend or attend_grad B H HKV T D f32|bf16 full|causal, \
+            sparse or sparse_grad B H HKV T D f32|bf16 KIND BLOCK PERCENT full|causal, \
             linear M N K f32|bf16|int8|int4, long_conv C T causal|ready|circular|backward, \
             recur or recur_grad B H T D f32|bf16 GATE, decode H HKV T D f32|bf16|int8|int4, \
             stream BYTES, exp N CALLS, read MIB THREADS"

@@ -9,8 +9,8 @@ use crate::work::Work;
 /// Attend every query group to its own keys; parameters and outputs as in [`Attend::run`].
 ///
 /// With a block table in `params` the keys come on top of its blocks, in one pass over both; a key
-/// inside a visited block is visited once. Then the table must be without row masks and, for each
-/// head, the queries of a block or of a group a multiple of the other's.
+/// inside a visited block is visited once, by all queries of its group whatever row masks say. Then, for each
+/// head, the queries of a block or of a group must be a multiple of the other's.
 ///
 /// Rows of K and V are read in place through pointers, so a list costs what as many consecutive
 /// keys cost. Groups of 16 queries or more fill the vectors; smaller ones work too.
@@ -49,21 +49,13 @@ pub fn attend_indexed_backward<T: Element>(
 fn source<'a>(op: &'static str, params: &'a Attend, lists: &'a KeyLists) -> Result<Source<'a>> {
     let Some(t) = params.table else { return Ok(Source::Keys(&lists.heads)) };
     for (t, l) in t.heads.iter().zip(&lists.heads) {
-        if t.rows.is_some() {
-            return Err(KernelError::Param {
-                op,
-                name: "table",
-                value: "row masks".into(),
-                remedy: "key lists join a table without row masks; merge two calls".into(),
-            });
-        }
         // Groups and blocks of no queries are refused where tables and lists are checked.
         if l.group > 0 && t.block_q > 0 && !t.block_q.is_multiple_of(l.group) && !l.group.is_multiple_of(t.block_q) {
             return Err(KernelError::Param {
                 op,
                 name: "group",
                 value: format!("{} queries beside blocks of {}", l.group, t.block_q),
-                remedy: "let one be a multiple of the other, or merge two calls".into(),
+                remedy: "let one be a multiple of the other (lists may be given twice, for smaller groups)".into(),
             });
         }
     }

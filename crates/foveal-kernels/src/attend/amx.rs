@@ -3,15 +3,15 @@
 //! The layout is that of `strip`, queries in lanes, because it suits the tiles: rows of K are the
 //! left operand as they lie in memory; the transposed queries, two channels to a lane, are the
 //! right one; the weights of two keys, rounded to bf16 and interleaved, are the right operand of
-//! the second product, whose left one, Vᵀ, is packed once per key tile for all strips of a task.
+//! the second product, whose left one is Vᵀ (`packed`).
 //!
 //! The softmax is cut to the bone. Its exponential is one fused product, a fraction, a cubic good to
 //! 9e-5 (weights are rounded to 4e-3 right after, by adding half a step to the cubic's constant and
 //! dropping the low bits) and `vscalef`, which also sends −∞ to 0. The denominator sums the weights
-//! as they are used. And where the scores of a tile cannot exceed the references so far by more than
-//! a factor of 2^[`ROOM`] (by Cauchy and Schwarz |q|·max|k| bounds them), maxima are not looked for
-//! and Oᵀ is not rescaled: bf16 reaches as far as f32, so weights above 1 do no harm. That is nearly
-//! every tile but a row's first, and it lets lanes work on one set of scores while tiles make the next.
+//! as they are used. A query's reference is the maximum of the first 32 keys it sees of and stays that: bf16 reaches as
+//! far as f32, so weights above 1 do no harm, maxima are not looked for again, Oᵀ is not rescaled, and lanes
+//! work on one set of scores while tiles make the next. Where the sum of a tile then passes [`LIMIT`], a score
+//! far above the reference was there (by 66 in units of logits), and the tile is done again in general.
 //!
 //! Sixteen weights take six operations of a vector: the product, the fraction, three of the cubic and the scale. With
 //! AVX-512 FP16 the cubic of 32 fractions would be three instead of six, but the fractions would have to be narrowed
@@ -24,20 +24,22 @@
 use super::Normalizer;
 use super::amx_sigmoid::visit_sigmoid;
 use super::drive::{Call, Scratch};
-use super::scope::{Source, WORK_TILE};
+use super::packed::{Keys, Shelf, pack_keys, pack_values};
+use super::scope::Source;
 use super::strip::{Finish, MAX_STRIP, NO_MAX};
 use crate::amx::Tiles;
 use crate::exp::LOG2_E;
 use crate::simd::transpose;
 use crate::work::Work;
 use half::bf16;
-use rayon::prelude::*;
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 /// Keys of a tile: a multiple of 32. Four times that many bytes times [`STRIP`] are the scores.
 pub(super) const KEYS: usize = 256;
+/// Keys of a product with values.
+pub(super) const CHUNK: usize = 32;
 /// Bytes of a row, rows, and bytes of an AMX tile.
 pub(super) const LINE: usize = 64;
 pub(super) const ROWS: usize = 16;
@@ -132,7 +134,7 @@ pub(super) unsafe fn product<const ADD: bool, const LIST: bool, const A2: bool, 
 
 /// Scores of 32 keys and 32 queries for heads 64 wide, the commonest.
 #[inline(always)]
-unsafe fn scores_64(k: *const u8, k_line: usize, q: *const u8, q_line: usize, s: *mut u8, s_line: usize) {
+unsafe fn scores_64(keys: Keys, q: *const u8, q_line: usize, s: *mut u8, s_line: usize) {
     macro_rules! tile {
         ($op:literal, $p:expr, $line:expr) => {
             asm!($op, p = in(reg) $p, l = in(reg) $line, options(nostack, preserves_flags))
@@ -140,9 +142,9 @@ unsafe fn scores_64(k: *const u8, k_line: usize, q: *const u8, q_line: usize, s:
     }
     let q1 = q.add(ROWS * q_line);
     for r in 0..2 {
-        let (k, s) = (k.add(r * ROWS * k_line), s.add(r * ROWS * s_line));
-        tile!("tileloadd tmm2, [{p} + {l}*1]", k, k_line);
-        tile!("tileloadd tmm3, [{p} + {l}*1 + 64]", k, k_line);
+        let (k, s) = (keys.at.add(r * keys.next), s.add(r * ROWS * s_line));
+        tile!("tileloadd tmm2, [{p} + {l}*1]", k, keys.line);
+        tile!("tileloadd tmm3, [{p} + {l}*1]", k.add(keys.step), keys.line);
         asm!("tilezero tmm0", options(nostack, preserves_flags));
         tile!("tileloadd tmm4, [{p} + {l}*1]", q, q_line);
         asm!("tdpbf16ps tmm0, tmm2, tmm4", "tilezero tmm4", options(nostack, preserves_flags));
@@ -170,8 +172,8 @@ pub(super) struct Visit {
     pub(super) nk: usize,
     /// Qᵀ: dp/2 rows of `w` pairs of channels.
     pub(super) q: *const u8,
-    /// For each 32 keys, where their rows start and the bytes from row to row.
-    k: *const (*const u8, usize),
+    /// For each 32 keys, where they lie.
+    k: *const Keys,
     /// For each 32 keys, Vᵀ: one tile for each 16 channels.
     pub(super) v: *const *const u8,
     /// As in `strip`.
@@ -189,13 +191,10 @@ pub(super) struct Visit {
     pub(super) o: *mut f32,
     m: *mut f32,
     l: *mut f32,
-    /// Lengths of the `w` queries, and of the longest key (∞ if unknown or not a number).
-    q_len: *const f32,
-    k_len: f32,
 }
 
-/// Weights stay below 2^ROOM, so that their sums stay below 2^128.
-const ROOM: f32 = 96.0;
+/// 2^96: most that sums of weights may be while references stay, so that products with values stay below 2^128.
+const LIMIT: f32 = f32::from_bits((127 + 96) << 23);
 /// Of a cubic that is 2^f on 0..=1 to 9e-5 and exact at 0.
 const CUBIC: [f32; 4] = [7.706_72e-2, 0.227_644_8, 0.695_116_8, 1.0];
 
@@ -211,28 +210,35 @@ pub(super) unsafe fn exp2(x: __m512, half: f32) -> __m512 {
     _mm512_scalef_ps(p, x)
 }
 
-/// What only the general case does between the products: softcap, bias, maxima, and Oᵀ and the sums
-/// rescaled where a maximum rose.
+/// Softcap, bias and masks of `nk` keys from `j` on.
 #[inline(always)]
-unsafe fn references<const NV: usize>(t: &Visit) {
+pub(super) unsafe fn bend<const NV: usize>(t: &Visit, j: usize, nk: usize, s: *mut f32) {
     use crate::simd::{Avx512, Simd};
-    let w = NV * 16;
     if t.squash != 0.0 {
-        for i in 0..t.nk * NV {
-            let at = t.s.add(i * 16);
+        for i in 0..nk * NV {
+            let at = s.add(i * 16);
             let x = Avx512::mul(Avx512::load(at), Avx512::splat(t.squash));
             Avx512::store(at, crate::exp::tanh::<Avx512>(x));
         }
     }
     if !t.bias.is_null() {
-        for i in 0..t.nk * NV {
-            let at = t.s.add(i * 16);
-            Avx512::store(at, Avx512::add(Avx512::load(at), Avx512::load(t.bias.add(i * 16))));
+        let bias = t.bias.add(j * NV * 16);
+        for i in 0..nk * NV {
+            let at = s.add(i * 16);
+            Avx512::store(at, Avx512::add(Avx512::load(at), Avx512::load(bias.add(i * 16))));
         }
     }
     if !t.masks.is_null() {
-        hide::<NV>(t.masks, t.nk, t.s);
+        hide::<NV>(t.masks.add(j), nk, s);
     }
+}
+
+/// What the general case does between the products: softcap, bias, masks, maxima, and Oᵀ and the sums
+/// rescaled where a maximum rose.
+#[inline(always)]
+unsafe fn references<const NV: usize>(t: &Visit) {
+    let w = NV * 16;
+    bend::<NV>(t, 0, t.nk, t.s);
     let zero = _mm512_setzero_ps();
     let (mut old, mut top) = ([zero; NV], [zero; NV]);
     for v in 0..NV {
@@ -306,21 +312,21 @@ unsafe fn without_ones<const NV: usize>(t: &Visit, v: usize) -> __m512 {
     _mm512_mask_add_ps(top, twice, top, shift)
 }
 
-/// Whether `weights` can serve a visit: see the head of this file.
+/// References for those queries that have none, from the 32 keys in `s`.
 #[inline(always)]
-unsafe fn bounded<const NV: usize>(t: &Visit) -> bool {
-    if t.squash != 0.0 || !t.bias.is_null() || t.beta != 0.0 {
-        return false;
-    }
-    let mut fits = 0xffff;
+unsafe fn first_references<const NV: usize>(t: &Visit, s: *const f32) {
+    let none = _mm512_set1_ps(NO_MAX);
     for v in 0..NV {
-        let c = _mm512_set1_ps(t.c);
-        let bound = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(t.q_len.add(v * 16)), _mm512_set1_ps(t.k_len)), c);
-        // A row that saw nothing yet has m = −3e38, which does not fit.
-        let m = _mm512_mul_ps(_mm512_loadu_ps(t.m.add(v * 16)), c);
-        fits &= _mm512_cmp_ps_mask::<_CMP_LE_OQ>(_mm512_sub_ps(bound, m), _mm512_set1_ps(ROOM));
+        let m = _mm512_loadu_ps(t.m.add(v * 16));
+        let new = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(m, none);
+        if new != 0 {
+            let mut top = [none; 2];
+            for j in 0..CHUNK {
+                top[j % 2] = _mm512_max_ps(top[j % 2], _mm512_loadu_ps(s.add((j * NV + v) * 16)));
+            }
+            _mm512_storeu_ps(t.m.add(v * 16), _mm512_mask_max_ps(m, new, top[0], top[1]));
+        }
     }
-    fits == 0xffff
 }
 
 /// Scores of 32 keys (rows of `s`) to weights (16 rows of pairs, `to`), with the references in `m` as
@@ -364,17 +370,17 @@ unsafe fn weights<const NV: usize>(t: &Visit, s: *const f32, to: *mut f32) {
 #[inline(always)]
 pub(super) unsafe fn scores<const NV: usize>(t: &Visit, j: usize, s: *mut u8) {
     let line = NV * LINE;
-    let (k, k_line) = *t.k.add(j);
+    let k = *t.k.add(j);
     if t.dp == 64 && NV == 2 {
-        return scores_64(k, k_line, t.q, line, s, line);
+        return scores_64(k, t.q, line, s, line);
     }
     let p = Product {
         steps: t.dp / 32,
-        a: k,
+        a: k.at,
         a_list: std::ptr::null(),
-        a_step: LINE,
-        a_next: ROWS * k_line,
-        a_line: k_line,
+        a_step: k.step,
+        a_next: k.next,
+        a_line: k.line,
         b: t.q,
         b_step: ROWS * line,
         b_line: line,
@@ -438,29 +444,48 @@ pub(super) unsafe fn values<const NV: usize>(t: &Visit) {
     }
 }
 
+/// Weights of a visit with the references there are; false, and sums as they were, if those do not serve.
+#[inline(always)]
+unsafe fn quick<const NV: usize>(t: &Visit) -> bool {
+    let mut before = [_mm512_setzero_ps(); NV];
+    for v in 0..NV {
+        before[v] = _mm512_loadu_ps(t.l.add(v * 16));
+    }
+    // Weights fill the first half of the room; the second holds the scores of two times 32 keys, so that
+    // tiles and lanes work on different ones.
+    for j in 0..t.nk.div_ceil(CHUNK) {
+        let s = t.s.add((KEYS / 2 + j % 2 * CHUNK) * NV * 16);
+        scores::<NV>(t, j, s.cast());
+        let nk = (t.nk - CHUNK * j).min(CHUNK);
+        bend::<NV>(t, CHUNK * j, nk, s);
+        no_keys::<NV>(s, nk);
+        first_references::<NV>(t, s);
+        weights::<NV>(t, s, t.s.add(j * CHUNK / 2 * NV * 16));
+    }
+    let mut fits = 0xffff;
+    for v in 0..NV {
+        fits &= _mm512_cmp_ps_mask::<_CMP_LE_OQ>(_mm512_loadu_ps(t.l.add(v * 16)), _mm512_set1_ps(LIMIT));
+    }
+    if fits != 0xffff {
+        for v in 0..NV {
+            _mm512_storeu_ps(t.l.add(v * 16), before[v]);
+        }
+    }
+    fits == 0xffff
+}
+
 #[inline(always)]
 unsafe fn visit_wide<const NV: usize>(t: &Visit) {
-    let chunks = t.nk.div_ceil(32);
-    if bounded::<NV>(t) {
-        // Weights fill the first half of the room; the second holds the scores of two times 32 keys,
-        // so that tiles and lanes work on different ones.
+    // A bias may fall by hundreds between a row's first keys and those that count.
+    let settled = t.bias.is_null() && t.beta == 0.0;
+    if !(settled && quick::<NV>(t)) {
+        let chunks = t.nk.div_ceil(CHUNK);
         for j in 0..chunks {
-            let s = t.s.add((KEYS / 2 + j % 2 * 32) * NV * 16);
-            scores::<NV>(t, j, s.cast());
-            let nk = (t.nk - 32 * j).min(32);
-            if !t.masks.is_null() {
-                hide::<NV>(t.masks.add(32 * j), nk, s);
-            }
-            no_keys::<NV>(s, nk);
-            weights::<NV>(t, s, t.s.add(j * 16 * NV * 16));
-        }
-    } else {
-        for j in 0..chunks {
-            scores::<NV>(t, j, t.s.add(j * 32 * NV * 16).cast());
+            scores::<NV>(t, j, t.s.add(j * CHUNK * NV * 16).cast());
         }
         references::<NV>(t);
         for j in 0..chunks {
-            weights::<NV>(t, t.s.add(j * 32 * NV * 16), t.s.add(j * 16 * NV * 16));
+            weights::<NV>(t, t.s.add(j * CHUNK * NV * 16), t.s.add(j * CHUNK / 2 * NV * 16));
         }
     }
     values::<NV>(t);
@@ -483,8 +508,14 @@ pub(super) unsafe fn pack_pairs(rows: &[*const u32], n: usize, w: usize, to: *mu
     for i in (0..w).step_by(16) {
         for c in (0..n).step_by(16) {
             let mut x = [_mm512_setzero_si512(); 16];
-            for (x, row) in x.iter_mut().zip(rows.iter().skip(i)) {
-                *x = _mm512_loadu_si512(row.add(c).cast());
+            if let Some(rows) = rows.get(i..i + 16) {
+                for r in 0..16 {
+                    x[r] = _mm512_loadu_si512(rows[r].add(c).cast());
+                }
+            } else {
+                for (x, row) in x.iter_mut().zip(rows.iter().skip(i)) {
+                    *x = _mm512_loadu_si512(row.add(c).cast());
+                }
             }
             let y = transpose(x);
             for r in 0..16 {
@@ -494,61 +525,11 @@ pub(super) unsafe fn pack_pairs(rows: &[*const u32], n: usize, w: usize, to: *mu
     }
 }
 
-/// Vᵀ of up to 32 rows as tiles of 16 channels; missing rows and channels are zero.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(super) unsafe fn pack_values(rows: &[*const u16], dv: usize, to: *mut u8) {
-    for i in 0..dv.div_ceil(16) {
-        let some = if dv - i * 16 >= 16 { 0xffff } else { (1u16 << (dv - i * 16)) - 1 };
-        let row = |j: usize| match rows.get(j) {
-            None => _mm512_setzero_si512(),
-            Some(r) => _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, r.add(i * 16).cast())),
-        };
-        let mut x = [_mm512_setzero_si512(); 16];
-        for r in 0..16 {
-            x[r] = _mm512_or_si512(row(2 * r), _mm512_slli_epi32::<16>(row(2 * r + 1)));
-        }
-        let y = transpose(x);
-        for r in 0..16 {
-            _mm512_storeu_si512(to.add(i * TILE + r * LINE).cast(), y[r]);
-        }
-    }
-}
-
-/// Euclidean length of a row, rounding included: no shorter than it is; ∞ if it is not a number.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn length(row: &[bf16]) -> f32 {
-    let mut sums = _mm512_setzero_ps();
-    for part in row.chunks(32) {
-        let x = _mm512_maskz_loadu_epi16(u32::MAX >> (32 - part.len()), part.as_ptr().cast());
-        let x = std::mem::transmute::<__m512i, __m512bh>(x);
-        sums = _mm512_dpbf16_ps(sums, x, x);
-    }
-    let sum = _mm512_reduce_add_ps(sums);
-    if sum.is_nan() { f32::INFINITY } else { sum.sqrt() * 1.000_1 }
-}
-
 /// Copy a row of `n` to one of `padded`, zero beyond.
 #[inline(always)]
 pub(super) unsafe fn pad_row(from: *const u16, n: usize, padded: usize, to: *mut u16) {
     std::ptr::copy_nonoverlapping(from, to, n);
     std::ptr::write_bytes(to.add(n), 0, padded - n);
-}
-
-/// Vᵀ of every (batch, K/V head), 32 keys after 32 keys, in tiles.
-pub(super) struct PackedValues {
-    data: Vec<f32>,
-    /// Of the first tile, on a cache line.
-    start: usize,
-    /// Sets of 32 keys of a head.
-    chunks: usize,
-    /// Elements of the tiles of 32 keys.
-    size: usize,
-}
-
-impl PackedValues {
-    fn chunk(&self, head: usize, chunk: usize) -> *const u8 {
-        self.data[self.start + (head * self.chunks + chunk) * self.size..].as_ptr().cast()
-    }
 }
 
 impl Call<'_, bf16> {
@@ -558,28 +539,12 @@ impl Call<'_, bf16> {
         p.scale > 0.0 || p.softcap.is_some() && p.scale < 0.0
     }
 
-    /// Vᵀ of the given (up to 32) rows.
-    ///
-    /// # Safety
-    /// The machine has AVX-512; `to` has room for the tiles of all value channels.
-    unsafe fn pack_values(&self, b: usize, kh: usize, keys: impl Iterator<Item = usize>, to: *mut u8) {
-        let (mut from, mut n) = ([std::ptr::null(); 32], 0);
-        for j in keys {
-            from[n] = self.v.row(b, kh, j).as_ptr().cast();
-            n += 1;
-        }
-        pack_values(&from[..n], self.v.shape[3], to);
-    }
-
-    /// Pack all of V, where tasks will come to more than that.
-    ///
-    /// # Safety
-    /// The machine has AVX-512.
-    pub(super) unsafe fn pack_all_values(&self) -> Option<PackedValues> {
+    /// Room for packed keys and values, where tasks (so many a K/V head) come to more of them than there are.
+    pub(super) fn shelf(&self, tasks: Vec<usize>) -> Option<Shelf> {
         let [b, hkv, tk, dv] = self.v.shape;
         let visited = match self.scope.source {
             Source::Dense => usize::MAX,
-            Source::Table(t) if t.iter().all(|t| t.block_k.is_multiple_of(32)) => {
+            Source::Table(t) | Source::Both(t, _) if t.iter().all(|t| t.block_k.is_multiple_of(CHUNK)) => {
                 t.iter().map(|t| t.blocks.len() * t.block_k).sum()
             }
             _ => 0,
@@ -587,35 +552,7 @@ impl Call<'_, bf16> {
         if visited < b * hkv * tk || self.v.shape.contains(&0) || self.q.shape.contains(&0) {
             return None;
         }
-        let (chunks, size) = (tk.div_ceil(32), dv.div_ceil(16) * TILE / 4);
-        // Zeroed by the system, page by page, in the threads that write them.
-        let mut data = vec![0f32; b * hkv * chunks * size + LINE / 4];
-        let start = data.as_ptr().align_offset(LINE);
-        data[start..].par_chunks_exact_mut(size).take(b * hkv * chunks).enumerate().for_each(|(i, to)| {
-            let (bk, first) = (i / chunks, i % chunks * 32);
-            let keys = first..(first + 32).min(tk);
-            // SAFETY: by the contract; `to` is of the size for all value channels.
-            unsafe { self.pack_values(bk / hkv, bk % hkv, keys, to.as_mut_ptr().cast()) };
-        });
-        Some(PackedValues { data, start, chunks, size })
-    }
-
-    /// Length of the longest of each 32 keys, (B, H_kv, Tk / 32 rounded up), where there are enough
-    /// queries to make up for it.
-    pub(super) fn lengths_of_keys(&self) -> Vec<f32> {
-        let [b, hkv, tk, _] = self.k.shape;
-        let chunks = tk.div_ceil(32);
-        if self.q.shape[2] < 2 * WORK_TILE {
-            return Vec::new();
-        }
-        let mut lengths = vec![0f32; b * hkv * chunks];
-        lengths.par_iter_mut().with_min_len(16).enumerate().for_each(|(i, l)| {
-            let (bk, first) = (i / chunks, i % chunks * 32);
-            // SAFETY: a call on tiles is on a machine with AVX-512.
-            let row = |j| unsafe { length(self.k.row(bk / hkv, bk % hkv, j)) };
-            *l = (first..(first + 32).min(tk)).map(row).fold(0.0, f32::max);
-        });
-        lengths
+        Some(Shelf::new(tasks, tk, self.q.shape[3].next_multiple_of(32), dv.div_ceil(16)))
     }
 
     /// As `rows`, on tiles.
@@ -636,10 +573,10 @@ impl Call<'_, bf16> {
         let dv_rows = dv_tiles * 16;
         let q = s.q.at_least(padded * dp / 2);
         let o = s.o.at_least(padded * dv_rows);
-        let stat = s.stat.at_least(3 * padded);
+        let stat = s.stat.at_least(2 * padded);
         let scores = s.s.at_least(KEYS * STRIP);
         let wide_q: *mut u16 = s.wide_q.at_least(MAX_STRIP * dp / 2).cast();
-        let own_k: *mut u16 = s.wide_k.at_least(KEYS * dp / 2).cast();
+        let own_k: *mut u8 = s.wide_k.at_least(KEYS * dp / 2).cast();
         let vt: *mut u8 = s.wide_v.at_least(KEYS * dv_rows / 2).cast();
         let (squash, unit) = match self.scope.p.softcap {
             Some(cap) => (self.scope.p.scale / cap, cap),
@@ -652,7 +589,6 @@ impl Call<'_, bf16> {
             let (b, w) = strip(i);
             for x in 0..b - i {
                 let row = self.q.row(bi, hi, rows.start + i + x);
-                *stat.add(2 * padded + i + x) = length(row);
                 pairs[x] = if d == dp {
                     row.as_ptr().cast()
                 } else {
@@ -668,56 +604,66 @@ impl Call<'_, bf16> {
         // Lanes past the last query, all zeros, have seen a score of zero.
         std::slice::from_raw_parts_mut(stat.add(n), padded - n).fill(0.0);
         std::slice::from_raw_parts_mut(stat.add(padded), padded).fill(0.0);
-        std::slice::from_raw_parts_mut(stat.add(2 * padded + n), padded - n).fill(0.0);
 
-        let chunks = tk.div_ceil(32);
-        let lengths = self.key_lengths.chunks(chunks.max(1)).nth(bi * self.k.shape[1] + kh).unwrap_or(&[]);
+        // Output rows come to the cache while the last products run: at least so many a visit.
+        let mut to_come = s.listed.keys.len().div_ceil(KEYS) * n.div_ceil(STRIP);
+        let at_once = n.div_ceil(to_come.max(1)).max(4);
+        let mut fetched = 0;
         let tiles = Tiles::new();
         for at in (0..s.listed.keys.len()).step_by(KEYS) {
             let keys = &s.listed.keys[at..(at + KEYS).min(s.listed.keys.len())];
             let nk = keys.len();
-            let mut k_len = if lengths.is_empty() { f32::INFINITY } else { 0f32 };
-            let mut k_at = [(std::ptr::null(), 0); KEYS / 32];
-            let mut v_at = [std::ptr::null(); KEYS / 32];
-            for (x, chunk) in keys.chunks(32).enumerate() {
-                let first = chunk[0] as usize;
+            let mut k_at = [Keys::NONE; KEYS / CHUNK];
+            let mut v_at = [std::ptr::null(); KEYS / CHUNK];
+            for (x, chunk) in keys.chunks(CHUNK).enumerate() {
+                let (first, last) = (chunk[0] as usize, chunk[chunk.len() - 1] as usize);
                 // Rows that follow each other serve as they lie; others are gathered.
-                let last = chunk[chunk.len() - 1] as usize;
                 let run = last - first + 1 == chunk.len();
-                if run && !lengths.is_empty() {
-                    k_len = k_len.max(lengths[first / 32]).max(lengths[last / 32]);
-                } else if !lengths.is_empty() {
-                    k_len = chunk.iter().fold(k_len, |m, &j| m.max(lengths[j as usize / 32]));
-                }
-                k_at[x] = if run && chunk.len() == 32 && d == dp {
-                    let step = self.k.strides[2];
-                    (self.k.head(bi, kh).as_ptr().add(first * step).cast::<u8>(), 2 * step)
-                } else {
-                    let to = own_k.add(x * 32 * dp);
+                let gather = || {
+                    let (mut k, mut v) = ([std::ptr::null::<u16>(); CHUNK], [std::ptr::null::<u16>(); CHUNK]);
                     for (y, &j) in chunk.iter().enumerate() {
-                        pad_row(self.k.row(bi, kh, j as usize).as_ptr().cast(), d, dp, to.add(y * dp));
+                        k[y] = self.k.row(bi, kh, j as usize).as_ptr().cast();
+                        v[y] = self.v.row(bi, kh, j as usize).as_ptr().cast();
                     }
-                    std::ptr::write_bytes(to.add(chunk.len() * dp), 0, (32 - chunk.len()) * dp);
-                    (to.cast_const().cast(), 2 * dp)
+                    (k, v)
                 };
-                // A chunk cut short (by causality) is packed anew: weights of zero would not keep
+                // A chunk cut short (by causality) is packed by itself: weights of zero would not keep
                 // an infinite value of the future out.
-                let whole = run && first.is_multiple_of(32) && (chunk.len() == 32 || first + chunk.len() == tk);
-                v_at[x] = match &self.packed {
-                    Some(p) if whole => p.chunk(bi * self.k.shape[1] + kh, first / 32),
+                let whole = run && first.is_multiple_of(CHUNK) && (chunk.len() == CHUNK || first + chunk.len() == tk);
+                (k_at[x], v_at[x]) = match &s.packed {
+                    Some(p) if whole => p.get(first / CHUNK, |k, v| {
+                        let (k_rows, v_rows) = gather();
+                        pack_keys(&k_rows[..chunk.len()], d, dp, k);
+                        pack_values(&v_rows[..chunk.len()], dv, v);
+                    }),
                     _ => {
-                        let to = vt.add(x * dv_tiles * TILE);
-                        self.pack_values(bi, kh, chunk.iter().map(|&j| j as usize), to);
-                        to
+                        let (k_rows, v_rows) = gather();
+                        let k = own_k.add(x * CHUNK * dp * 2);
+                        let v = vt.add(x * dv_tiles * TILE);
+                        pack_values(&v_rows[..chunk.len()], dv, v);
+                        if run && chunk.len() == CHUNK && d == dp {
+                            (Keys::rows(k_rows[0].cast(), 2 * self.k.strides[2]), v.cast_const())
+                        } else {
+                            pack_keys(&k_rows[..chunk.len()], d, dp, k);
+                            (Keys::tiles(k, dp), v.cast_const())
+                        }
                     }
                 };
             }
             for i in (0..n).step_by(STRIP) {
                 let (b, w) = strip(i);
                 let of = rows.start + i..rows.start + b;
+                to_come -= 1;
+                while fetched + to_come * at_once < n {
+                    let row = self.out.row_mut(bi, hi, rows.start + fetched);
+                    for line in row.chunks(LINE / 4) {
+                        _mm_prefetch::<_MM_HINT_ET0>(line.as_ptr().cast());
+                    }
+                    fetched += 1;
+                }
                 // Whole chunks of Vᵀ; what that adds at either end is masked.
                 let marks = s.listed.marks_of(at, nk);
-                let Some(seen) = self.scope.part(&mut s.masks, keys, marks, &of, i, 32) else { continue };
+                let Some(seen) = self.scope.part(&mut s.masks, keys, marks, &of, i, CHUNK) else { continue };
                 let (from, to) = (seen.keys.start, seen.keys.end);
                 let bias = self.scope.bias_tile(&mut s.bias, [bi, hi], &keys[from..to], of, w, c);
                 visit(&Visit {
@@ -726,8 +672,8 @@ impl Call<'_, bf16> {
                     dv_tiles,
                     nk: to - from,
                     q: q.add(i * dp / 2).cast_const().cast(),
-                    k: k_at.as_ptr().add(from / 32),
-                    v: v_at.as_ptr().add(from / 32),
+                    k: k_at.as_ptr().add(from / CHUNK),
+                    v: v_at.as_ptr().add(from / CHUNK),
                     masks: seen.masks,
                     squash,
                     bias,
@@ -738,9 +684,6 @@ impl Call<'_, bf16> {
                     o: o.add(i * dv_rows),
                     m: stat.add(i),
                     l: stat.add(padded + i),
-                    q_len: stat.add(2 * padded + i),
-                    // Where a query does not see all keys, those must not decide how it is served.
-                    k_len: if seen.edge { f32::INFINITY } else { k_len },
                 });
             }
         }

@@ -2,9 +2,7 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::amx::{KEYS, Visit, exp2, hide, no_keys, scores, values};
-use crate::exp::tanh;
-use crate::simd::{Avx512, Simd};
+use super::amx::{KEYS, Visit, bend, exp2, no_keys, scores, values};
 use std::arch::x86_64::*;
 
 /// Scores of 32 keys (rows of `s`) to weights (16 rows of pairs, `to`): 1 / (1 + 2^−(c·s + bias)) to 2e-4, which
@@ -36,22 +34,7 @@ pub(super) unsafe fn visit_sigmoid<const NV: usize>(t: &Visit, bias: f32) {
         let s = t.s.add((KEYS / 2 + j % 2 * 32) * NV * 16);
         scores::<NV>(t, j, s.cast());
         let nk = (t.nk - 32 * j).min(32);
-        if t.squash != 0.0 {
-            for i in 0..nk * NV {
-                let at = s.add(i * 16);
-                Avx512::store(at, tanh::<Avx512>(Avx512::mul(Avx512::load(at), Avx512::splat(t.squash))));
-            }
-        }
-        if !t.bias.is_null() {
-            let bias = t.bias.add(32 * j * NV * 16);
-            for i in 0..nk * NV {
-                let at = s.add(i * 16);
-                Avx512::store(at, Avx512::add(Avx512::load(at), Avx512::load(bias.add(i * 16))));
-            }
-        }
-        if !t.masks.is_null() {
-            hide::<NV>(t.masks.add(32 * j), nk, s);
-        }
+        bend::<NV>(t, 32 * j, nk, s);
         no_keys::<NV>(s, nk);
         weights::<NV>(t.c, bias, s, t.s.add(j * 16 * NV * 16));
     }

@@ -8,9 +8,10 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::amx::{LINE, Product, ROWS, STRIP, TILE, pack_pairs, pack_values, pad_row, product};
+use super::amx::{LINE, Product, ROWS, STRIP, TILE, pack_pairs, pad_row, product};
 use super::backward::{Call, Pointers, Scratch};
 use super::grad::{self, Step};
+use super::packed::pack_values;
 use crate::amx::Tiles;
 use crate::exp::LOG2_E;
 use crate::simd::Avx512;

@@ -63,6 +63,9 @@ pub(super) struct Scratch {
     pub(super) masks: [u64; MASKS],
     pub(super) k_rows: [*const f32; KEY_TILE + KEY_PAD],
     pub(super) v_rows: [*const f32; KEY_TILE + KEY_PAD],
+    /// Of the task's K/V head, on tiles.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    pub(super) packed: Option<std::sync::Arc<super::packed::Packed>>,
 }
 
 /// One call, or one sequence of a ragged one, shared by its tasks.
@@ -75,10 +78,7 @@ pub(super) struct Call<'a, T> {
     pub(super) out: Rows<'a, f32>,
     pub(super) lse: Rows<'a, f32>,
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    pub(super) packed: Option<super::amx::PackedValues>,
-    /// Of the longest of each 32 keys, (B, H_kv, Tk / 32 rounded up), or empty.
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    pub(super) key_lengths: Vec<f32>,
+    pub(super) shelf: Option<super::packed::Shelf>,
 }
 
 /// Run a call whose shapes were checked.
@@ -108,9 +108,18 @@ pub(crate) fn run<T: Element>(
     };
     let mut lse = ViewMut::contiguous("lse", lse, [b, h, tq, 1])?;
     let (out, lse) = (out.rows(), lse.rows());
+    let threads = rayon::current_num_threads();
+    let tasks = tasks(&scopes.iter().map(|s| s.1).collect::<Vec<_>>(), [b, h, k.shape[1]], threads);
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    let (group, heads) = (h / k.shape[1], b * k.shape[1]);
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    let mut counts = vec![0; scopes.len() * heads];
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    tasks.iter().for_each(|t| counts[t.sequence * heads + t.bh / group] += 1);
     let calls: Vec<_> = scopes
         .into_iter()
-        .map(|(piece, scope)| {
+        .enumerate()
+        .map(|(sequence, (piece, scope))| {
             let (d, dv) = (q.shape[3], v.shape[3]);
             #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(unused_mut))]
             let mut call = Call {
@@ -122,30 +131,33 @@ pub(crate) fn run<T: Element>(
                 out: out.part(piece.q.clone(), 0..dv),
                 lse: lse.part(piece.q, 0..1),
                 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-                packed: None,
-                #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-                key_lengths: Vec::new(),
+                shelf: None,
             };
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            if let Some(same) = call.on_tiles() {
-                // SAFETY: a call on tiles is on a machine with AVX-512.
-                let packed = unsafe { same.pack_all_values() };
-                call.key_lengths = same.lengths_of_keys();
-                call.packed = packed;
+            {
+                let counts = &counts[sequence * heads..(sequence + 1) * heads];
+                call.shelf = call.on_tiles().and_then(|c| c.shelf(counts.to_vec()));
             }
             call
         })
         .collect();
-    let threads = rayon::current_num_threads();
-    let scopes: Vec<_> = calls.iter().map(|c| c.scope).collect();
-    let tasks = tasks(&scopes, [b, h, k.shape[1]], threads);
-    // A shared counter rather than a split of the list: tasks start in their order (long causal
-    // rows of a head first, heads of a group together), so the tail is short tasks.
-    let next = AtomicUsize::new(0);
-    let work = (0..threads.min(tasks.len()))
+    // Each thread starts in a part of the list of its own, so that keys of a head go to the caches of one core, and
+    // goes on in those of others. Sequences of a ragged batch share one part: their tasks start in their order, the
+    // longest first, so that the tail is short tasks.
+    let workers = threads.min(tasks.len());
+    let parts = if calls.len() > 1 { 1 } else { workers.max(1) };
+    let starts: Vec<_> = (0..parts).map(|i| AtomicUsize::new(i * tasks.len() / parts)).collect();
+    let next = |worker: usize| {
+        (0..parts).find_map(|i| {
+            let part = (worker + i) % parts;
+            let at = starts[part].fetch_add(1, Ordering::Relaxed);
+            tasks[..(part + 1) * tasks.len() / parts].get(at)
+        })
+    };
+    let work = (0..workers)
         .into_par_iter()
         .with_max_len(1)
-        .map(|_| {
+        .map(|worker| {
             let mut scratch = Scratch {
                 q: Buf::new(),
                 o: Buf::new(),
@@ -159,16 +171,26 @@ pub(crate) fn run<T: Element>(
                 masks: [0; MASKS],
                 k_rows: [null(); KEY_TILE + KEY_PAD],
                 v_rows: [null(); KEY_TILE + KEY_PAD],
+                #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+                packed: None,
             };
             let mut work = Work::default();
-            while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
+            while let Some(task) = next(worker) {
                 let call = &calls[task.sequence];
                 let block = call.scope.source.block(task.bh);
+                #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+                if let Some(shelf) = &call.shelf {
+                    scratch.packed = Some(shelf.open(task.bh / group));
+                }
                 let mut at = task.rows.start;
                 while at < task.rows.end {
                     let end = (at / block + 1).saturating_mul(block).min(task.rows.end);
                     work += call.rows_on_best(&mut scratch, task.bh, at..end);
                     at = end;
+                }
+                #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+                if let (Some(shelf), Some(room)) = (&call.shelf, scratch.packed.take()) {
+                    shelf.close(task.bh / group, room);
                 }
             }
             work

@@ -16,6 +16,8 @@ mod bias;
 mod bias_sums;
 pub(crate) mod drive;
 mod grad;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod packed;
 mod ragged;
 mod scope;
 mod strip;

@@ -19,7 +19,8 @@ pub(crate) enum Source<'a> {
     Table(&'a [HeadTable]),
     /// Key lists; one a (batch, head).
     Keys(&'a [HeadKeys]),
-    /// Blocks without row masks and, besides them, single keys. One of block and group divides the other.
+    /// Blocks and, besides them, single keys, which all queries of their group visit whatever row masks say. One of
+    /// block and group divides the other.
     Both(&'a [HeadTable], &'a [HeadKeys]),
 }
 
@@ -100,8 +101,6 @@ pub(super) struct Scope<'a> {
 pub(super) struct Part {
     /// Places in the tile.
     pub(super) keys: Range<usize>,
-    /// Whether causality or a band hides some of them from some queries.
-    pub(super) edge: bool,
     /// Lanes that see each, or null when all do.
     pub(super) masks: *const u64,
 }
@@ -203,19 +202,23 @@ impl<'a> Scope<'a> {
     ) -> Option<Part> {
         let (first, last) = (self.visible(rows.start), self.visible(rows.end - 1));
         // Keys ascend: what these queries cannot see lies at the two ends.
-        let from = keys.partition_point(|&j| (j as usize) < first.start);
-        let to = keys.partition_point(|&j| (j as usize) < last.end);
-        if from >= to {
-            return None;
+        let inside = keys[0] as usize >= first.start && (keys[keys.len() - 1] as usize) < last.end;
+        let (mut from, mut to) = (0, keys.len());
+        if !inside {
+            from = keys.partition_point(|&j| (j as usize) < first.start);
+            to = keys.partition_point(|&j| (j as usize) < last.end);
+            if from >= to {
+                return None;
+            }
+            (from, to) = (from / grain * grain, to.next_multiple_of(grain).min(keys.len()));
         }
-        let (from, to) = (from / grain * grain, to.next_multiple_of(grain).min(keys.len()));
         let edge = (keys[to - 1] as usize) >= first.end || (keys[from] as usize) < last.start;
         let marks = (!marks.is_empty()).then(|| (&marks[from..to], lane));
         let masked = edge || marks.is_some();
         if masked {
             self.masks(masks, &keys[from..to], rows.start, marks);
         }
-        Some(Part { keys: from..to, edge, masks: if masked { masks.as_ptr() } else { null() } })
+        Some(Part { keys: from..to, masks: if masked { masks.as_ptr() } else { null() } })
     }
 
     /// List those keys (and row marks) of `rows`, all of one block, that lie in `part` (which starts at a
@@ -278,13 +281,22 @@ impl<'a> Scope<'a> {
                     let from = lo.max(aligned);
                     let (before, rest) = singles.split_at(singles.partition_point(|&j| (j as usize) < from));
                     s.keys.extend_from_slice(before);
-                    singles = &rest[rest.partition_point(|&j| (j as usize) < run.end)..];
+                    let (inside, rest) = rest.split_at(rest.partition_point(|&j| (j as usize) < run.end));
+                    singles = rest;
                     if t.rows.is_some() {
-                        s.marks.resize(s.marks.len() + run.end - from, mark);
+                        s.marks.resize(s.marks.len() + before.len(), u64::MAX);
+                        let block = s.marks.len();
+                        s.marks.resize(block + run.end - from, mark);
+                        for &j in inside {
+                            s.marks[block + j as usize - from] = u64::MAX;
+                        }
                     }
                     s.keys.extend(from as u32..run.end as u32);
                 }
                 s.keys.extend_from_slice(singles);
+                if t.rows.is_some() {
+                    s.marks.resize(s.marks.len() + singles.len(), u64::MAX);
+                }
                 keys += count_singles(&tiles, all, &mut work);
             }
             Source::Keys(t) => {

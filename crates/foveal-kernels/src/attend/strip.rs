@@ -627,8 +627,17 @@ mod x86 {
         for i in (0..w).step_by(16) {
             for c in (0..n).step_by(16) {
                 let mut x = [_mm512_setzero_si512(); 16];
-                for (x, row) in x.iter_mut().zip(rows.iter().skip(i)) {
-                    *x = _mm512_castps_si512(_mm512_maskz_loadu_ps(lanes(n - c), row.add(c)));
+                match rows.get(i..i + 16) {
+                    Some(rows) if c + 16 <= n => {
+                        for r in 0..16 {
+                            x[r] = _mm512_loadu_si512(rows[r].add(c).cast());
+                        }
+                    }
+                    _ => {
+                        for (x, row) in x.iter_mut().zip(rows.iter().skip(i)) {
+                            *x = _mm512_castps_si512(_mm512_maskz_loadu_ps(lanes(n - c), row.add(c)));
+                        }
+                    }
                 }
                 let y = transpose(x);
                 for r in 0..(n - c).min(16) {
@@ -647,15 +656,32 @@ mod x86 {
         }
         for i in (0..f.rows.len()).step_by(16) {
             let rows = &f.rows[i..f.rows.len().min(i + 16)];
+            let factor = _mm512_loadu_ps(factor.as_ptr().add(i));
             for c in (0..f.dv).step_by(16) {
                 let mut x = [_mm512_setzero_si512(); 16];
-                for (r, x) in x.iter_mut().enumerate().take(f.dv - c) {
-                    *x = _mm512_loadu_si512(f.o.add((c + r) * f.w + i).cast());
+                let line = |r: usize| {
+                    let o = _mm512_loadu_ps(f.o.add((c + r) * f.w + i));
+                    _mm512_castps_si512(_mm512_mul_ps(o, factor))
+                };
+                // Fixed counts, so that all of it stays in registers.
+                if c + 16 <= f.dv {
+                    for r in 0..16 {
+                        x[r] = line(r);
+                    }
+                } else {
+                    for (r, x) in x.iter_mut().enumerate().take(f.dv - c) {
+                        *x = line(r);
+                    }
                 }
                 let y = transpose(x);
-                for (r, row) in rows.iter().enumerate() {
-                    let y = _mm512_mul_ps(_mm512_castsi512_ps(y[r]), _mm512_set1_ps(factor[i + r]));
-                    _mm512_mask_storeu_ps(row.add(c), lanes(f.dv - c), y);
+                if rows.len() == 16 && c + 16 <= f.dv {
+                    for r in 0..16 {
+                        _mm512_storeu_si512(rows[r].add(c).cast(), y[r]);
+                    }
+                } else {
+                    for (r, row) in rows.iter().enumerate() {
+                        _mm512_mask_storeu_ps(row.add(c), lanes(f.dv - c), _mm512_castsi512_ps(y[r]));
+                    }
                 }
             }
         }
