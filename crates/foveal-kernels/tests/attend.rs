@@ -486,6 +486,19 @@ fn block_tables() {
     }
 }
 
+/// So many tasks that each thread knows its next one while it is at another.
+#[test]
+fn many_tasks() {
+    let mut r = Rng(11);
+    let two = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+    let s = Shape { h: 8, hkv: 4, tq: 1030, tk: 330, d: 24, dv: 8, ..BASE };
+    for (rows, causal) in [(false, false), (true, true)] {
+        let t = random_table(s, &mut r, 64, 64, 0.3, rows);
+        let p = scaled(s).causal(causal).table(Some(&t));
+        two.install(|| check(s, &p, None, &|b, h, i, j| in_table(s, &t, b, h, i, j)));
+    }
+}
+
 #[test]
 fn table_with_window_and_long_blocks() {
     let mut r = Rng(6);

@@ -56,7 +56,10 @@ pub struct AttendGrads<'g, 'd> {
 
 /// Most queries and keys of a cell, and least: multiples of the work grid and of KEY_TILE. Larger ones add
 /// to the results less often, smaller ones feed more threads.
-const CELLS: [usize; 3] = [576, 384, 192];
+const CELLS: [usize; 5] = [2304, 1152, 576, 384, 192];
+/// Of those, the ones for calls that visit most pairs; the others are for those that would prepare the queries of a
+/// cell for a block or two of its keys.
+const DENSE_CELLS: usize = 2;
 /// Cells wanted side by side.
 const WIDTH: usize = 32;
 /// Queries that share one pass over the keys of a cell.
@@ -254,7 +257,9 @@ pub(crate) fn run<T: Element>(
     let pool = Mutex::new(Vec::new());
     let longest = |c: &Call<T>| c.scope.tq.max(c.scope.tk);
     let cells = |n: usize| calls.iter().map(|c| b * hkv * longest(c).div_ceil(n)).sum::<usize>();
-    let size = *CELLS.iter().find(|&&n| cells(n) >= WIDTH).unwrap_or(&CELLS[2]);
+    let dense = source.pairs().is_none_or(|pairs| 2 * pairs > b * h * tq * tk);
+    let sizes = if dense { &CELLS[DENSE_CELLS..] } else { &CELLS[..] };
+    let size = sizes.iter().copied().find(|&n| cells(n) >= WIDTH).unwrap_or(CELLS[CELLS.len() - 1]);
     // Long sequences first: their rounds follow each other.
     let mut heads: Vec<_> = calls.iter().flat_map(|c| (0..b * hkv).map(move |bk| (c, bk))).collect();
     heads.sort_by_key(|(c, _)| std::cmp::Reverse(longest(c)));

@@ -48,6 +48,18 @@ impl<'a> Source<'a> {
         })
     }
 
+    /// Pairs of queries and keys that are named, roughly; `None` for all of them.
+    pub(super) fn pairs(&self) -> Option<usize> {
+        let tables = |t: &[HeadTable]| t.iter().map(|t| t.blocks.len() * t.block_k * t.block_q).sum::<usize>();
+        let lists = |k: &[HeadKeys]| k.iter().map(|k| k.keys.len() * k.group).sum::<usize>();
+        match self {
+            Source::Dense => None,
+            Source::Table(t) => Some(tables(t)),
+            Source::Keys(k) => Some(lists(k)),
+            Source::Both(t, k) => Some(tables(t) + lists(k)),
+        }
+    }
+
     /// Queries of a (batch, head) that share a list of keys.
     pub(super) fn block(&self, bh: usize) -> usize {
         match self {

@@ -123,9 +123,8 @@ pub fn attend_indexed(
 }
 
 /// Exact attention over what a selector chose, one [`HeadSelection`] per (batch, head): blocks and
-/// single keys in one pass. Where a head's blocks have row masks, or their queries and those of the
-/// key lists are no multiples of one another, the two are computed apart and merged by log-sum-exp (without
-/// gradients). Rows of heads with a token order are put in it before and back after.
+/// single keys in one pass. A key inside a visited block is visited once, by all queries of its group whatever row
+/// masks say. Rows of heads with a token order are put in it before and back after.
 pub fn attend_selected(
     q: &Tensor,
     k: &Tensor,
@@ -137,7 +136,7 @@ pub fn attend_selected(
         return attend_ordered(q, k, v, options, selections);
     }
     let tq = q.dims().get(2).copied().unwrap_or(0);
-    let mut any_keys = selections.iter().any(|s| s.keys.as_ref().is_some_and(|k| !k.keys.is_empty()));
+    let any_keys = selections.iter().any(|s| s.keys.as_ref().is_some_and(|k| !k.keys.is_empty()));
     let any_blocks = selections.iter().any(|s| s.blocks.as_ref().is_some_and(|b| !b.blocks.is_empty()));
     let mut tables = Vec::with_capacity(selections.len());
     let mut lists = Vec::with_capacity(selections.len());
@@ -148,25 +147,17 @@ pub fn attend_selected(
             .push(s.blocks.unwrap_or_else(|| HeadTable::from_lists(group, 128, vec![Vec::new(); tq.div_ceil(group)])));
         lists.push(s.keys.unwrap_or_else(|| HeadKeys::from_lists(group, vec![Vec::new(); tq.div_ceil(group)])));
     }
-    let joint = tables
-        .iter()
-        .zip(&lists)
-        .all(|(t, l)| t.rows.is_none() && (t.block_q.is_multiple_of(l.group) || l.group.is_multiple_of(t.block_q)));
-    if any_blocks && any_keys && !joint {
-        // A head that has single keys alone need not be computed apart: they are blocks of one key.
-        for (t, l) in tables.iter_mut().zip(&mut lists).filter(|(t, l)| t.blocks.is_empty() && !l.keys.is_empty()) {
-            let keys =
-                std::mem::replace(l, HeadKeys::from_lists(l.group, vec![Vec::new(); l.indptr.len().saturating_sub(1)]));
-            *t = HeadTable { block_q: l.group, block_k: 1, indptr: keys.indptr, blocks: keys.keys, rows: None };
+    for (t, l) in tables.iter().zip(&mut lists) {
+        let apart = !t.block_q.is_multiple_of(l.group) && !l.group.is_multiple_of(t.block_q);
+        if any_keys && any_blocks && apart && l.group > 0 {
+            *l = regrouped(l, t.block_q, tq);
         }
-        any_keys = lists.iter().any(|l| !l.keys.is_empty());
     }
     let (tables, lists) = (BlockTable { heads: tables }, KeyLists { heads: lists });
     match (any_blocks, any_keys) {
         (_, false) => attend(q, k, v, options, Some(&tables)),
         (false, true) => attend_indexed(q, k, v, options, &lists),
-        (true, true) if joint => run("attend_selected", q, k, v, options, What::Both(&tables, &lists)),
-        (true, true) => merge(&attend(q, k, v, options, Some(&tables))?, &attend_indexed(q, k, v, options, &lists)?),
+        (true, true) => run("attend_selected", q, k, v, options, What::Both(&tables, &lists)),
     }
 }
 
@@ -244,6 +235,16 @@ fn attend_ordered(
     let out = take_rows(OP, "out", &out, back, tq, Memory::TokensFirst)?;
     work.bytes += (2 * moved * size) as u64;
     Ok(Attended { out, lse, work })
+}
+
+/// The same lists for smaller groups, of which `block` queries are some.
+fn regrouped(l: &HeadKeys, block: usize, tq: usize) -> HeadKeys {
+    let (mut group, mut rest) = (l.group, block);
+    while rest > 0 {
+        (group, rest) = (rest, group % rest);
+    }
+    let lists = (0..tq.div_ceil(group)).map(|g| l.row(g * group / l.group).to_vec());
+    HeadKeys::from_lists(group, lists.collect())
 }
 
 /// Combine two attention results of the same queries over disjoint keys. Refused where a part tracks
