@@ -26,7 +26,7 @@ use super::ahead::Ahead;
 use super::amx_sigmoid::visit_sigmoid;
 use super::drive::{Call, Scratch};
 use super::packed::{Keys, Packed, Shelf, pack_keys, pack_values};
-use super::scope::Source;
+use super::scope::{Listed, Source};
 use super::strip::{Finish, MAX_STRIP, NO_MAX};
 use crate::amx::Tiles;
 use crate::exp::LOG2_E;
@@ -579,6 +579,24 @@ impl Call<'_, bf16> {
         }
     }
 
+    /// List what the next task visits and have its first tile fetched. `packed` are keys of the batch and K/V head `here`.
+    fn fetch_task(
+        &self,
+        ahead: &mut Ahead,
+        listed: &mut Listed,
+        packed: Option<&Packed>,
+        here: [usize; 2],
+        (bh, rows): (usize, &Range<usize>),
+    ) -> Work {
+        let h = self.q.shape[1];
+        let there = [bh / h, bh % h / (h / self.k.shape[1])];
+        let q = self.q.row(bh / h, bh % h, rows.start).as_ptr().cast();
+        ahead.add(q, 2 * self.q.shape[3], rows.len(), 2 * self.q.strides[2], false);
+        let work = self.list(listed, bh, rows);
+        self.fetch_tile(ahead, packed.filter(|_| here == there), there, &listed.keys[..listed.keys.len().min(KEYS)]);
+        work
+    }
+
     /// As `rows`, on tiles.
     ///
     /// # Safety
@@ -678,26 +696,24 @@ impl Call<'_, bf16> {
             }
             s.ahead.clear();
             // Tasks of more queries read what they fetch often enough.
-            let sparse = n <= 4 * STRIP;
-            if sparse && at == 0 {
-                let out = self.out.row_mut(bi, hi, rows.start).as_mut_ptr();
-                let step =
-                    if n > 1 { self.out.row_mut(bi, hi, rows.start + 1).as_mut_ptr().addr() } else { out.addr() };
-                s.ahead.add(out.cast(), 4 * dv, n, step.wrapping_sub(out.addr()), true);
-            }
-            if !sparse {
-            } else if let Some(keys) = s.listed.keys.get(at + KEYS..).filter(|k| !k.is_empty()) {
-                self.fetch_tile(&mut s.ahead, s.packed.as_deref(), [bi, kh], &keys[..keys.len().min(KEYS)]);
-            } else if let Some((bh, rows)) = s.upcoming.take() {
-                let (head, kv) = ([bh / h, bh % h], bh % h / (h / self.k.shape[1]));
-                let q = self.q.row(head[0], head[1], rows.start).as_ptr().cast();
-                s.ahead.add(q, 2 * d, rows.len(), 2 * self.q.strides[2], false);
-                let work = self.list(&mut s.listed_ahead, bh, &rows);
-                // Packed keys are those of the head this task is of.
-                let packed = s.packed.as_deref().filter(|_| [head[0], kv] == [bi, kh]);
-                let keys = &s.listed_ahead.keys;
-                self.fetch_tile(&mut s.ahead, packed, [head[0], kv], &keys[..keys.len().min(KEYS)]);
-                s.ahead_work = Some((bh, rows, work));
+            if n <= 4 * STRIP {
+                if at == 0 {
+                    let out = self.out.row_mut(bi, hi, rows.start).as_mut_ptr();
+                    let step = if n > 1 {
+                        self.out.row_mut(bi, hi, rows.start + 1).as_mut_ptr().addr() - out.addr()
+                    } else {
+                        0
+                    };
+                    s.ahead.add(out.cast(), 4 * dv, n, step, true);
+                }
+                let rest = &s.listed.keys[at + nk..];
+                if !rest.is_empty() {
+                    self.fetch_tile(&mut s.ahead, s.packed.as_deref(), [bi, kh], &rest[..rest.len().min(KEYS)]);
+                } else if let Some((bh, rows)) = s.upcoming.take() {
+                    let packed = s.packed.as_deref();
+                    let work = self.fetch_task(&mut s.ahead, &mut s.listed_ahead, packed, [bi, kh], (bh, &rows));
+                    s.ahead_work = Some((bh, rows, work));
+                }
             }
             s.ahead.spread(nk.div_ceil(CHUNK) * n.div_ceil(STRIP));
             for i in (0..n).step_by(STRIP) {
