@@ -230,7 +230,7 @@ fn tables_and_lists() {
         let lists = tables(true).heads.into_iter().map(|t| {
             let n = (t.indptr.len() - 1) * t.block_q;
             let keys = HeadKeys::from_lists(t.block_q + 2, vec![vec![0, 2, 5]; n.div_ceil(t.block_q + 2)]);
-            HeadSelection { blocks: Some(t), keys: Some(keys) }
+            HeadSelection { blocks: Some(t), keys: Some(keys), ..HeadSelection::default() }
         });
         lists.collect()
     };
