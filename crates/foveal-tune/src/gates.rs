@@ -168,11 +168,14 @@ pub struct GateReport {
     pub seconds: [f64; 2],
 }
 
+/// What hears how far the work is (0 to 1) and what runs now.
+pub type Told = dyn Fn(f64, &str) + Send + Sync;
+
 /// How a distillation talks and stops.
 #[derive(Default, Clone)]
 pub struct GateHooks {
     /// Told of the share that is done (0 to 1) and what runs.
-    pub progress: Option<Arc<dyn Fn(f64, &str) + Send + Sync>>,
+    pub progress: Option<Arc<Told>>,
     /// Set from outside to stop: nothing is returned then.
     pub cancel: Option<Arc<AtomicBool>>,
 }
@@ -443,7 +446,7 @@ fn recall(choice: &str, budget: usize, l: &Lessons, f: &Fitted, config: &GateCon
     let (mut sum, mut rows) = (0f64, 0usize);
     for i in 0..config.held_out * heads * n {
         let (own, row) = (i % n, i * n..(i + 1) * n);
-        if own + 1 <= budget {
+        if own < budget {
             continue;
         }
         let past = row.start..row.start + own;
