@@ -335,6 +335,9 @@ pub enum TrainTask {
 }
 
 /// Train a small model of any attention layers on a task, and the same with a random choice of keys
+///
+/// Where other programs compute beside it, set CANDLE_NUM_THREADS=1 and RAYON_NUM_THREADS=1: the threads of candle's own
+/// operations wait for one another by spinning, which takes the time that they wait for.
 #[derive(Args)]
 pub struct TrainArgs {
     /// Task
