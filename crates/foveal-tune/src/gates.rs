@@ -20,7 +20,7 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// One distillation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -215,12 +215,16 @@ pub fn distil(model: &Model, tokens: &[u32], config: &GateConfig, hooks: &GateHo
         read(model, piece, config, &rope, i >= config.sequences, hooks, &mut lessons)?;
     }
     let reading = begin.elapsed().as_secs_f64();
+    // Layers run side by side and end in any order.
+    let done = AtomicUsize::new(0);
     let fitted: Vec<Fitted> = lessons
         .par_iter()
         .enumerate()
         .map(|(layer, lessons)| {
-            hooks.tell(READING + (1.0 - READING) * layer as f64 / c.num_layers as f64, "fitting gates");
-            fit(layer, lessons, config, [c.num_heads, c.num_kv_heads, c.head_dim], c.rope_theta, hooks)
+            let fitted = fit(layer, lessons, config, [c.num_heads, c.num_kv_heads, c.head_dim], c.rope_theta, hooks);
+            let layers = done.fetch_add(1, Ordering::Relaxed) + 1;
+            hooks.tell(READING + (1.0 - READING) * layers as f64 / c.num_layers as f64, "fitting gates");
+            fitted
         })
         .collect::<Result<_>>()?;
     let fitting = begin.elapsed().as_secs_f64() - reading;

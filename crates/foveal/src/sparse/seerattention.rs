@@ -232,8 +232,10 @@ impl Gates {
         let file = SafeTensors::deserialize(&data).map_err(|e| wrong(e.to_string()))?;
         let (_, header) = SafeTensors::read_metadata(&data).map_err(|e| wrong(e.to_string()))?;
         let about = |name: &str| {
-            let text = header.metadata().as_ref().and_then(|m| m.get(name));
-            text.and_then(|x| x.parse::<f64>().ok()).ok_or_else(|| wrong(format!("no number {name} in its metadata")))
+            let parts =
+                header.metadata().as_ref().and_then(|m| m.get(ABOUT)).map(|x| x.split(' ')).into_iter().flatten();
+            let number = |part: &str| part.strip_prefix(name)?.strip_prefix('=')?.parse::<f64>().ok();
+            parts.filter_map(number).next().ok_or_else(|| wrong(format!("no number {name} in its metadata")))
         };
         let tensor = |name: &str| -> Result<(Vec<usize>, Vec<f32>)> {
             let t = file.tensor(name).map_err(|e| wrong(e.to_string()))?;
@@ -267,11 +269,10 @@ impl Gates {
             ("gate.k", tensor(&self.k, &[layers, kv, 3 * d, g])?),
             ("rope.inv_freq", tensor(&self.rope.inv_freq, &[self.rope.inv_freq.len()])?),
         ];
-        let about = HashMap::from([
-            ("block_size".to_owned(), self.block_size.to_string()),
-            ("rope_base".to_owned(), self.rope_base.to_string()),
-            ("rope_factor".to_owned(), self.rope.factor.to_string()),
-        ]);
+        let (block, base, factor) = (self.block_size, self.rope_base, self.rope.factor);
+        // One entry, so that the same gates are the same bytes: a map's order differs from run to run.
+        let about = format!("block_size={block} rope_base={base} rope_factor={factor}");
+        let about = HashMap::from([(ABOUT.to_owned(), about)]);
         safetensors::serialize(tensors.iter().map(|(n, t)| (*n, t)), Some(about))
             .map_err(|e| Error::Param { system: ID.into(), message: format!("gates cannot be written: {e}") })
     }
@@ -518,6 +519,9 @@ fn targets(i: &MixInput, group: usize, block: usize) -> Result<(Tensor, Work)> {
 }
 
 const ID: &str = "seerattention";
+
+/// Entry of a gates file's metadata that holds its numbers.
+const ABOUT: &str = "foveal.gates";
 
 /// Card.
 pub const CARD: Card = Card {
