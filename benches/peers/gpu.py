@@ -94,6 +94,13 @@ def recurrences():
     work = 4 * t * h * d * 2
     say("recur linear 32k", "fla", lambda: chunk_linear_attn(q, k, v, normalize=False), work, "GB/s")
     say("recur scalar 32k", "fla", lambda: chunk_simple_gla(q, k, v, g), work, "GB/s")
+    from fla.ops.delta_rule import chunk_delta_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    beta = torch.rand(1, t, h, device="cuda", dtype=torch.bfloat16)
+    unit = F.normalize(k, dim=-1)
+    say("recur delta 32k", "fla", lambda: chunk_delta_rule(q, unit, v, beta), work, "GB/s")
+    say("recur gated delta 32k", "fla", lambda: chunk_gated_delta_rule(q, unit, v, g, beta), work, "GB/s")
     say("recur scalar 32k", "fla retention", lambda: chunk_retention(q, k, v), work, "GB/s")
 
 

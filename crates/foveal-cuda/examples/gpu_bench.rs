@@ -13,7 +13,7 @@ use cudarc::driver::CudaSlice;
 use foveal_cuda::attend::Path;
 use foveal_cuda::backward::Upstream;
 use foveal_cuda::decode::Store;
-use foveal_cuda::recur::{Gate, Recur};
+use foveal_cuda::recur::{Gate, Rate, Recur};
 use foveal_cuda::{Attend, Decode, Device, Result, Tensor, TensorMut, ceiling};
 use foveal_kernels::{BlockTable, HeadTable};
 use half::bf16;
@@ -100,7 +100,7 @@ fn attend(
         // Only rows that are looked at come back.
         let rows = some_rows(h * t, 48, 9);
         let got = b.device.download(&data.out)?;
-        let verdict = judge(p, &got, &b.device.download(&lse)?, &rows, scale.into(), None, &|bh, i, j| {
+        let verdict = judge(p, &got, &b.device.download(&lse)?, &rows, scale.into(), None, None, &|bh, i, j| {
             (!causal || j <= i)
                 && window.is_none_or(|w| j + w > i)
                 && table.is_none_or(|t| {
@@ -350,9 +350,19 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         let (k, v) =
             (Tensor::contiguous(&b.device, "k", &data.k, shape)?, Tensor::contiguous(&b.device, "v", &data.v, shape)?);
         let mut out = TensorMut::contiguous(&b.device, "out", &mut data.out, shape)?;
-        for (name, gate) in
-            [("recur linear 32k", Gate::Identity), ("recur scalar 32k", Gate::Scalar { g: &g, heads: h })]
-        {
+        let beta: Vec<f32> = (0..h * t).map(|i| 0.1 + 0.1 * (i % 9) as f32).collect();
+        let beta = b.device.upload(&beta)?;
+        // Keys of length one for the delta rule.
+        let unit: Vec<bf16> = data.p.k.iter().map(|x| bf16::from_f32(x.to_f32() / 11.3)).collect();
+        let unit = b.device.upload(&unit)?;
+        let unit = Tensor::contiguous(&b.device, "k", &unit, shape)?;
+        let (g, beta) = (Rate { data: &g, heads: h }, Rate { data: &beta, heads: h });
+        for (name, gate, k) in [
+            ("recur linear 32k", Gate::Identity, k),
+            ("recur scalar 32k", Gate::Scalar { g }, k),
+            ("recur delta 32k", Gate::Delta { beta }, unit),
+            ("recur gated delta 32k", Gate::GatedDelta { g, beta }, unit),
+        ] {
             let choices = if b.all { vec![None, Some(1), Some(2)] } else { vec![None] };
             for cluster in choices {
                 let mut call = Recur::new(gate, 1.0 / (d as f32).sqrt());

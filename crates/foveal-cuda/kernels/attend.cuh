@@ -5,6 +5,7 @@
 struct Params {
   void* out;
   float* lse;          // (B, H, Tq), natural; null if not wanted
+  const float* sinks;  // (H): a logit in the denominator only; null without
   const int* indptr;   // block table: first entry of each tile of queries, batch * heads * tiles + 1; null if dense
   const int* tiles;    // numbers of the tiles of keys, ascending within a tile of queries
   int* counter;        // tiles handed out beyond the first of each block; zero before the launch
@@ -13,6 +14,21 @@ struct Params {
   int left, right;     // keys up to and with the query's own position, and after it
   float scale, cap;
 };
+
+// Factor on the output of a row of maximum m (times `unit` a natural logit) and sum l, and its log-sum-exp.
+struct Close {
+  float by, lse;
+};
+
+DEV Close close(const Params& p, int h, float m, float l, float unit) {
+  if (p.sinks) {
+    float own = l > 0.f ? m * unit : -INF, sink = p.sinks[h], top = fmaxf(own, sink);
+    if (top == -INF) return {0.f, -INF};
+    float seen = exp2_fast((own - top) * LOG2E), sum = l * seen + exp2_fast((sink - top) * LOG2E);
+    return {seen / sum, top + __logf(sum)};
+  }
+  return {l > 0.f ? 1.f / l : 0.f, l > 0.f ? m * unit + __logf(l) : -INF};
+}
 
 // The tiles of keys that rows first .. last visit: numbers from..to of all, or of the table's entries.
 struct Visit {

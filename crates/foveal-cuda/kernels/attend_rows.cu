@@ -66,8 +66,8 @@ attend(const __grid_constant__ Source in, const __grid_constant__ Params p, cons
       }
     }
   }
-  float by = l > 0.f ? 1.f / l : 0.f;
-  if (lane == 0 && p.lse) p.lse[(i64)bh * p.tq + i] = l > 0.f ? m + __logf(l) : -INF;
+  auto [by, lse] = close(p, h, m, l, 1.f);
+  if (lane == 0 && p.lse) p.lse[(i64)bh * p.tq + i] = lse;
   u16* to = (u16*)p.out + b * p.out_b + h * p.out_h + i * p.out_t;
 #pragma unroll
   for (int c = 0; c < 8; c++)

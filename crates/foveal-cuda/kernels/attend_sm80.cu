@@ -133,9 +133,9 @@ attend(const __grid_constant__ Source in, const __grid_constant__ Params p) {
 #pragma unroll
   for (int x = 0; x < 2; x++) {
     int i = row + 8 * x;
-    float sum = quad_sum(l[x]), by = sum > 0.f ? 1.f / sum : 0.f;
+    auto [by, lse] = close(p, h, m[x], quad_sum(l[x]), unit);
     if (i >= p.tq) continue;
-    if (quad == 0 && p.lse) p.lse[(i64)bh * p.tq + i] = sum > 0.f ? m[x] * unit + __logf(sum) : -INF;
+    if (quad == 0 && p.lse) p.lse[(i64)bh * p.tq + i] = lse;
     u16* to = (u16*)p.out + b * p.out_b + h * p.out_h + i * p.out_t;
 #pragma unroll
     for (int j = 0; j < DV / 8; j++) {

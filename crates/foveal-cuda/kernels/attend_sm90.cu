@@ -69,9 +69,10 @@ DEV bool soften(float (&s)[BN / 2], Rows& r, float (&keep)[2], const Params& p, 
     for (int j = 4; j < BN / 8; j++) x[j % 4] = fmaxf(x[j % 4], fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
     top[h] = quad_max(fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])));
   }
-  // The reference of a row moves only if weights would pass 2^8: sums and the output are then scaled, and not else.
+  // Sums and the output are scaled only if the maximum of a row of this warp moves. (To let weights pass 1 would spare
+  // more, but then the largest weight of a row is rounded, too.)
   bool moves = FIRST;
-  if (!FIRST) moves = __any_sync(~0u, (top[0] - r.m[0]) * c > 8.f || (top[1] - r.m[1]) * c > 8.f);
+  if (!FIRST) moves = __any_sync(~0u, top[0] > r.m[0] || top[1] > r.m[1]);
   if (moves) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -270,6 +271,7 @@ attend(const __grid_constant__ TensorMap mq, const __grid_constant__ TensorMap m
           wgmma_fence();
           scores(s, q, ks + k_stage * KB);
           barrier_wait(AT(v_full[v_stage]), v_phase);
+          wgmma_fence();
           values(o, w, vs + v_stage * VB);
 #if PINGPONG
           named_arrive(2 - me, 256);
@@ -304,9 +306,8 @@ attend(const __grid_constant__ TensorMap mq, const __grid_constant__ TensorMap m
 #pragma unroll
       for (int x = 0; x < 2; x++) {
         int i = row + 8 * x;
-        float by = r.l[x] > 0.f ? 1.f / r.l[x] : 0.f;
-        if (quad == 0 && p.lse && i < p.tq)
-          p.lse[(i64)bh * p.tq + i] = r.l[x] > 0.f ? r.m[x] * unit + __logf(r.l[x]) : -INF;
+        auto [by, lse] = close(p, h, r.m[x], r.l[x], unit);
+        if (quad == 0 && p.lse && i < p.tq) p.lse[(i64)bh * p.tq + i] = lse;
         u16* to = (u16*)p.out + b * p.out_b + h * p.out_h + i * p.out_t;
 #pragma unroll
         for (int j = 0; j < DV / 8; j += 4) {

@@ -124,7 +124,8 @@ DEV void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" :
 
 struct __align__(128) TensorMap { u64 opaque[16]; };
 
-constexpr u64 KEEP = 0x14F0000000000000ull, PASS = 0x12F0000000000000ull;  // L2: evict last, evict first
+// What L2 does with a load: evict it last, first, or as any other.
+constexpr u64 KEEP = 0x14F0000000000000ull, PASS = 0x12F0000000000000ull, NORMAL = 0x1000000000000000ull;
 
 // A box of a (d, t, h, b) tensor into shared memory.
 DEV void tma_load(u32 to, const TensorMap* map, u32 bar, int d, int t, int h, int b, u64 hint) {

@@ -271,23 +271,41 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) decode(const __grid_con
   }
 }
 
-// One row of one (sequence, key head) a block.
+// One row of one (sequence, key head) a block. Weights of up to DV partial results first, all at once, then their sum:
+// nothing waits for one load after another.
 extern "C" __global__ void __launch_bounds__(DV) merge(const __grid_constant__ Params p) {
-  int seg = blockIdx.x, row = blockIdx.y, tile = row / ROWS, r = row % ROWS;
+  __shared__ float weights[DV], tops[DV / 32], sums[DV / 32];
+  int seg = blockIdx.x, row = blockIdx.y, tile = row / ROWS, r = row % ROWS, warp = threadIdx.x / 32;
   i64 all = p.units[p.segments], from = p.units[seg], to = p.units[seg + 1];
   float top = -INF, sum = 0.f, acc = 0.f;
+  i64 first = 0, end = 0;
   if (from < to) {
-    i64 first = ((from + 1) * p.workers - 1) / all, last = (to * p.workers - 1) / all;
-    for (i64 w = first; w <= last; w++) {
-      i64 slot = ((w + seg) * p.row_tiles + tile) * ROWS + r;
-      float lse = p.part_lse[slot], x = p.part[slot * DV + threadIdx.x];
-      float high = fmaxf(top, lse);
-      if (high == -INF) continue;
-      float keep = exp2f(top - high), add = exp2f(lse - high);
-      sum = sum * keep + add;
-      acc = acc * keep + add * x;
-      top = high;
-    }
+    first = ((from + 1) * p.workers - 1) / all;
+    end = (to * p.workers - 1) / all + 1;
+  }
+  for (i64 w = first; w < end; w += DV) {
+    int n = (int)min((i64)DV, end - w);
+    i64 slot = ((w + seg) * p.row_tiles + tile) * ROWS + r, step = (i64)p.row_tiles * ROWS;
+    float lse = threadIdx.x < n ? p.part_lse[slot + threadIdx.x * step] : -INF, high = lse;
+    for (int d = 16; d; d /= 2) high = fmaxf(high, __shfl_xor_sync(~0u, high, d));
+    if (threadIdx.x % 32 == 0) tops[warp] = high;
+    __syncthreads();
+    high = top;
+    for (int i = 0; i < DV / 32; i++) high = fmaxf(high, tops[i]);
+    float x = high == -INF ? 0.f : exp2f(lse - high), add = x;
+    weights[threadIdx.x] = x;
+    for (int d = 16; d; d /= 2) add += __shfl_xor_sync(~0u, add, d);
+    if (threadIdx.x % 32 == 0) sums[warp] = add;
+    __syncthreads();
+    float keep = high == -INF ? 1.f : exp2f(top - high);
+    sum *= keep;
+    for (int i = 0; i < DV / 32; i++) sum += sums[i];
+    acc *= keep;
+    top = high;
+    const float* part = p.part + slot * DV + threadIdx.x;
+#pragma unroll 8
+    for (int i = 0; i < n; i++) acc = fmaf(weights[i], part[i * step * DV], acc);
+    __syncthreads();
   }
   int b = seg / p.kv_heads, h = seg % p.kv_heads * p.group + row / p.n, i = row % p.n;
   float by = sum > 0.f ? 1.f / sum : 0.f;

@@ -1,14 +1,23 @@
 // Linear recurrences on Hopper, forward: S_t = e^g_t S_{t-1} + k_t^T v_t, o_t = scale q_t S_t, by chunks of 64 tokens
 // (without DECAY, g is 0). A block takes 32 value channels of one head and walks along the sequence once, so that q,
 // k and v are read once and the state never leaves the registers of one warpgroup. Two others make the outputs of even
-// and odd chunks from copies of the state that it leaves in shared memory, one warp loads by TMA, and one sums the decays.
+// and odd chunks from copies of the state that it leaves in shared memory, one warp loads by TMA, one sums
+// the decays, and two scale values by them.
 // Blocks of a cluster have the same head: each loads a part of q and k for all of them.
 //
-// D (64 or 128), CLUSTER (1, 2 or 4 blocks), and optionally DECAY, F16 are compile-time.
+// With DELTA the rule is S_t = e^g_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T: what a chunk writes is not v but
+// u = T (v - e^G k S), with T from `recur_delta.cu`, which the state's warpgroup works out between two states.
+//
+// D (64 or 128), CLUSTER (1, 2 or 4 blocks), and optionally DECAY, DELTA, F16 are compile-time.
 #include "common.cuh"
 
-constexpr int C = 64, N = 32, STAGES = 5, DC = D / 64;
-constexpr int QB = DC * C * 128, VB = C * N * 2, SB = D * N * 2, STAGE = 2 * QB + VB;
+#ifdef DELTA
+constexpr int STAGES = 4, TB = 64 * 128;
+#else
+constexpr int STAGES = 4, TB = 0;
+#endif
+constexpr int C = 64, N = 32, DC = D / 64;
+constexpr int QB = DC * C * 128, VB = C * N * 2, SB = D * N * 2, STAGE = 2 * QB + TB + VB;
 constexpr int PART = C / CLUSTER;  // tokens that a block loads for its cluster
 
 struct Params {
@@ -21,7 +30,7 @@ struct Params {
 };
 
 struct Rings {
-  u64 full[STAGES], empty[STAGES], g_full[STAGES], s_full[2], s_empty[2];
+  u64 full[STAGES], empty[STAGES], g_full[STAGES], scaled[STAGES], s_full[2], s_empty[2];
   float decay[STAGES][C];  // sums of g from the start of the chunk, times log2 e
 };
 
@@ -53,7 +62,7 @@ DEV void cluster_sync() {
 DEV void store_shared(u32 at, uint4 x) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
-#ifdef DECAY
+#if defined DECAY && !defined DELTA
 DEV uint4 load_shared(u32 at) {
   uint4 x;
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at) : "memory");
@@ -67,7 +76,11 @@ extern "C" __global__ void
 __cluster_dims__(CLUSTER, 1, 1)
 #endif
 __launch_bounds__(512, 1) recur(const __grid_constant__ TensorMap mq, const __grid_constant__ TensorMap mk,
-                                const __grid_constant__ TensorMap mv, const __grid_constant__ Params p) {
+                                const __grid_constant__ TensorMap mv,
+#ifdef DELTA
+                                const __grid_constant__ TensorMap mt,
+#endif
+                                const __grid_constant__ Params p) {
   extern __shared__ u8 raw[];
   __shared__ Rings rings;
   u32 room = (shared_address(raw) + 1023) & ~1023u;
@@ -80,6 +93,7 @@ __launch_bounds__(512, 1) recur(const __grid_constant__ TensorMap mq, const __gr
       barrier_init(AT(full[i]), 1);
       barrier_init(AT(empty[i]), 8 * CLUSTER);
       barrier_init(AT(g_full[i]), 1);
+      barrier_init(AT(scaled[i]), 64);
     }
     for (int i = 0; i < 2; i++) {
       barrier_init(AT(s_full[i]), 128);
@@ -107,11 +121,14 @@ __launch_bounds__(512, 1) recur(const __grid_constant__ TensorMap mq, const __gr
             tma_load_all(to, &mq, bar, 64 * x, c * C + rank * PART, h / p.q_group, b, (1 << CLUSTER) - 1);
             tma_load_all(to + QB, &mk, bar, 64 * x, c * C + rank * PART, h / p.k_group, b, (1 << CLUSTER) - 1);
           } else {
-            tma_load(to, &mq, bar, 64 * x, c * C, h / p.q_group, b, PASS);
-            tma_load(to + QB, &mk, bar, 64 * x, c * C, h / p.k_group, b, PASS);
+            tma_load(to, &mq, bar, 64 * x, c * C, h / p.q_group, b, NORMAL);
+            tma_load(to + QB, &mk, bar, 64 * x, c * C, h / p.k_group, b, NORMAL);
           }
         }
-        tma_load(at + 2 * QB, &mv, bar, part * N, c * C, h / p.v_group, b, PASS);
+        tma_load(at + 2 * QB + TB, &mv, bar, part * N, c * C, h / p.v_group, b, PASS);
+#ifdef DELTA
+        tma_load(at + 2 * QB, &mt, bar, 0, c * C, h, b, NORMAL);
+#endif
       }
     }
 #ifdef DECAY
@@ -136,6 +153,27 @@ __launch_bounds__(512, 1) recur(const __grid_constant__ TensorMap mq, const __gr
         if (lane == 0) barrier_arrive(AT(g_full[s]));
       }
     }
+#ifndef DELTA
+    // Two warps scale the values by what is left of them at the chunk's end, ahead of the state.
+    if (warp >= 2) {
+      for (int c = 0; c < p.chunks; c++) {
+        int s = stage_of(c);
+        u32 v = room + s * STAGE + 2 * QB + TB, to = states + 2 * SB + s * VB;
+        barrier_wait(AT(full[s]), phase_of(c));
+        barrier_wait(AT(g_full[s]), phase_of(c));
+        float all = rings.decay[s][C - 1];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          int id = threadIdx.x - 64 + 64 * i;
+          float f = exp2_fast(all - rings.decay[s][id / 4]);
+          uint4 x = load_shared(v + id * 16);  // the swizzle leaves a row in its row
+          store_shared(to + id * 16, make_uint4(times(x.x, f), times(x.y, f), times(x.z, f), times(x.w, f)));
+        }
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        barrier_arrive(AT(scaled[s]));
+      }
+    }
+#endif
 #endif
   } else if (group == 1) {
     // The state: rows are key channels 64 m + 16 warp + g (+ 8), columns this block's value channels.
@@ -150,7 +188,7 @@ __launch_bounds__(512, 1) recur(const __grid_constant__ TensorMap mq, const __gr
       }
     for (int c = 0; c < p.chunks; c++) {
       int s = stage_of(c), half = c & 1;
-      u32 k = room + s * STAGE + QB, v = k + QB, out = states + half * SB;
+      u32 k = room + s * STAGE + QB, v = k + QB + TB, out = states + half * SB;
       barrier_wait(AT(s_empty[half]), (u32)(c / 2 & 1) ^ 1);
 #pragma unroll
       for (int m = 0; m < DC; m++)
@@ -163,26 +201,85 @@ __launch_bounds__(512, 1) recur(const __grid_constant__ TensorMap mq, const __gr
           store_shared(out + spot64(64 * m + 16 * warp + g + 8 * x, quad), make_uint4(z[0], z[1], z[2], z[3]));
         }
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#ifndef DELTA
       barrier_arrive(AT(s_full[half]));
+#endif
       barrier_wait(AT(full[s]), phase_of(c));
 #ifdef DECAY
       barrier_wait(AT(g_full[s]), phase_of(c));
       float all = rings.decay[s][C - 1], by = exp2_fast(all);
-      u32 to = states + 2 * SB + half * VB;
+#endif
+#ifdef DELTA
+      // What the state says at each key, what is left to write, and T times that.
+      u32 rest = states + 2 * SB, said = rest + VB + half * 2 * VB;
+      int row = 16 * warp + g;
+      named_sync(1, 128);
+      float u[16];
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        int id = threadIdx.x % 128 + 128 * i, row = id / 4;
-        float f = exp2_fast(all - rings.decay[s][row]);
-        uint4 x = load_shared(v + id * 16);  // the swizzle leaves a row in its row
-        store_shared(to + id * 16, make_uint4(times(x.x, f), times(x.y, f), times(x.z, f), times(x.w, f)));
+      for (int i = 0; i < 16; i++) u[i] = 0.f;
+      pin(u);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < D / 16; i++)
+        Wgmma<N>::ss<0, 1>(u, operand(k + i / 4 * C * 128 + i % 4 * 32, 16), operand64(out + i * 1024), i > 0);
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(u);
+#pragma unroll
+      for (int x = 0; x < 2; x++) {
+        float f = 1.f;
+#ifdef DECAY
+        f = exp2_fast(rings.decay[s][row + 8 * x]);
+#endif
+        u32 z[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          u32 y;
+          asm volatile("ld.shared.b32 %0, [%1];" : "=r"(y) : "r"(v + spot64(row + 8 * x, j) + 4 * quad) : "memory");
+          z[j] = pack2(low(y) - f * u[4 * j + 2 * x], high(y) - f * u[4 * j + 2 * x + 1]);
+        }
+        quad_transpose(z, quad);
+        store_shared(rest + spot64(row + 8 * x, quad), make_uint4(z[0], z[1], z[2], z[3]));
       }
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      named_sync(1, 128);
+      pin(u);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < C / 16; i++)
+        Wgmma<N>::ss<0, 1>(u, operand(k + QB + i * 32, 16), operand64(rest + i * 1024), i > 0);
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(u);
+      v = said;
+#pragma unroll
+      for (int x = 0; x < 2; x++) {
+        u32 z[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) z[j] = pack2(u[4 * j + 2 * x], u[4 * j + 2 * x + 1]);
+        quad_transpose(z, quad);
+        store_shared(said + spot64(row + 8 * x, quad), make_uint4(z[0], z[1], z[2], z[3]));
+#ifdef DECAY
+        float f = exp2_fast(all - rings.decay[s][row + 8 * x]);
+#pragma unroll
+        for (int j = 0; j < 4; j++) z[j] = pack2(f * u[4 * j + 2 * x], f * u[4 * j + 2 * x + 1]);
+        quad_transpose(z, quad);
+        store_shared(said + VB + spot64(row + 8 * x, quad), make_uint4(z[0], z[1], z[2], z[3]));
+        v = said + VB;
+#endif
+      }
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      named_sync(1, 128);
+      barrier_arrive(AT(s_full[half]));
+#elif defined DECAY
+      barrier_wait(AT(scaled[s]), phase_of(c));
+      v = states + 2 * SB + s * VB;
+#endif
+#ifdef DECAY
 #pragma unroll
       for (int m = 0; m < DC; m++)
 #pragma unroll
         for (int i = 0; i < 16; i++) state[m][i] *= by;
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      named_sync(1, 128);
-      v = to;
 #endif
 #pragma unroll
       for (int m = 0; m < DC; m++) pin(state[m]);
@@ -210,7 +307,12 @@ __launch_bounds__(512, 1) recur(const __grid_constant__ TensorMap mq, const __gr
   } else {
     for (int c = group - 2; c < p.chunks; c += 2) {
       int s = stage_of(c), half = c & 1, row = 16 * warp + g;
-      u32 q = room + s * STAGE, k = q + QB, v = k + QB, from = states + half * SB;
+      u32 q = room + s * STAGE, k = q + QB, from = states + half * SB;
+#ifdef DELTA
+      u32 v = states + 2 * SB + VB + half * 2 * VB;
+#else
+      u32 v = k + QB;
+#endif
       float a[32], o[16];
 #pragma unroll
       for (int i = 0; i < 32; i++) a[i] = 0.f;
@@ -227,6 +329,7 @@ __launch_bounds__(512, 1) recur(const __grid_constant__ TensorMap mq, const __gr
       }
       wgmma_commit();
       barrier_wait(AT(s_full[half]), (u32)(c / 2) & 1);
+      wgmma_fence();
 #pragma unroll
       for (int i = 0; i < D / 16; i++)
         Wgmma<N>::ss<0, 1>(o, operand(q + i / 4 * C * 128 + i % 4 * 32, 16), operand64(from + i * 1024), i > 0);
@@ -259,7 +362,9 @@ __launch_bounds__(512, 1) recur(const __grid_constant__ TensorMap mq, const __gr
       }
       wgmma_wait<0>();
       pin(o);
+#ifndef DELTA
       if (lane == 0) barrier_arrive(AT(s_empty[half]));
+#endif
 #ifdef DECAY
 #pragma unroll
       for (int i = 0; i < 16; i++) o[i] *= exp2_fast(at[i / 2 % 2]);
@@ -273,6 +378,9 @@ __launch_bounds__(512, 1) recur(const __grid_constant__ TensorMap mq, const __gr
       wgmma_commit();
       wgmma_wait<0>();
       pin(o);
+#ifdef DELTA
+      if (lane == 0) barrier_arrive(AT(s_empty[half]));
+#endif
       release(AT(empty[s]), lane);
 #pragma unroll
       for (int x = 0; x < 2; x++) {

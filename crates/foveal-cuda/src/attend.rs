@@ -9,6 +9,7 @@ use crate::error::{Result, bad};
 use crate::tensor::{Dtype, Layout, Tensor, TensorMut};
 use cudarc::driver::{CudaFunction, CudaSlice, DevicePtr, DevicePtrMut};
 use foveal_kernels::{Band, BlockTable, KernelError, Work};
+use std::marker::PhantomData;
 use std::ops::Range;
 
 const OP: &str = "attend";
@@ -28,6 +29,8 @@ pub struct Attend<'a> {
     pub band: Option<Band>,
     /// `cap * tanh(s / cap)` on the scaled score.
     pub softcap: Option<f32>,
+    /// One logit per query head added to the denominator only, on the device.
+    pub sinks: Option<&'a CudaSlice<f32>>,
     /// Visit only these blocks; one table a (batch, query head).
     pub table: Option<&'a BlockTable>,
     /// Which kernel, and with what tiles; `None` chooses.
@@ -81,7 +84,7 @@ pub struct Shape {
 
 /// A call made ready for its shapes: kernel loaded, tables on the device. May run many times.
 #[derive(Debug)]
-pub struct Plan {
+pub struct Plan<'a> {
     shape: Shape,
     dtype: Dtype,
     aligned: bool,
@@ -92,6 +95,9 @@ pub struct Plan {
     band: [i32; 2],
     table: Option<Blocks>,
     counter: CudaSlice<i32>,
+    /// Where the sinks are, which the call that made the plan borrows.
+    sinks: u64,
+    life: PhantomData<&'a ()>,
 }
 
 /// A block table on the device, in the kernel's tiles or (for `attend_rows`) as it came.
@@ -108,6 +114,7 @@ struct Blocks {
 struct Params {
     out: u64,
     lse: u64,
+    sinks: u64,
     indptr: u64,
     tiles: u64,
     counter: u64,
@@ -193,7 +200,7 @@ pub(crate) fn hopper_tile(s: &Shape, masked: bool, table: Option<&BlockTable>) -
 impl<'a> Attend<'a> {
     /// Dense attention without a mask.
     pub fn new(scale: f32) -> Self {
-        Self { scale, causal: false, band: None, softcap: None, table: None, path: None }
+        Self { scale, causal: false, band: None, softcap: None, sinks: None, table: None, path: None }
     }
     /// Set causality.
     pub fn causal(mut self, on: bool) -> Self {
@@ -212,6 +219,11 @@ impl<'a> Attend<'a> {
     /// Set the softcap.
     pub fn softcap(mut self, cap: Option<f32>) -> Self {
         self.softcap = cap;
+        self
+    }
+    /// Set the sinks.
+    pub fn sinks(mut self, sinks: Option<&'a CudaSlice<f32>>) -> Self {
+        self.sinks = sinks;
         self
     }
     /// Set the block table.
@@ -304,6 +316,9 @@ impl<'a> Attend<'a> {
         {
             return bad(OP, "softcap", cap, "use a positive cap, or none");
         }
+        if let Some(sinks) = self.sinks {
+            same("heads", ("sinks", sinks.len()), ("q", s.heads))?;
+        }
         if let Some(t) = self.table {
             same("batch*heads", ("block table", t.heads.len()), ("q", s.batch * s.heads))?;
             t.heads.iter().try_for_each(|t| t.check(s.tq, s.tk))?;
@@ -332,7 +347,7 @@ impl<'a> Attend<'a> {
     }
 
     /// Make a call ready. `aligned`: whether all of q, k and v have rows at multiples of 16 bytes.
-    fn plan_for(&self, device: &Device, s: Shape, dtype: Dtype, aligned: bool) -> Result<Plan> {
+    fn plan_for(&self, device: &Device, s: Shape, dtype: Dtype, aligned: bool) -> Result<Plan<'a>> {
         let mut work = self.work(&s)?;
         let best = self.choose(device, &s, aligned);
         let path = self.path.unwrap_or(best);
@@ -359,6 +374,8 @@ impl<'a> Attend<'a> {
             band: [band.left as i32, band.right as i32],
             table: self.table.map(|t| self.upload(device, &s, t, path)).transpose()?,
             counter: device.zeros(1)?,
+            sinks: self.sinks.map_or(0, |s| s.device_ptr(device.stream()).0),
+            life: PhantomData,
         })
     }
 
@@ -415,7 +432,7 @@ impl<'a> Attend<'a> {
     }
 
     /// Make ready a call on operands like these.
-    pub fn plan(&self, device: &Device, q: &Tensor, k: &Tensor, v: &Tensor, out: &TensorMut) -> Result<Plan> {
+    pub fn plan(&self, device: &Device, q: &Tensor, k: &Tensor, v: &Tensor, out: &TensorMut) -> Result<Plan<'a>> {
         self.plan_for(device, shape(q, k, v)?, q.layout.dtype, aligned(q, k, v, out))
     }
 
@@ -463,7 +480,7 @@ fn shape(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Shape> {
     Ok(Shape { batch: a[0], heads: a[1], kv_heads: b[1], tq: a[2], tk: b[2], d: a[3], dv: c[3] })
 }
 
-impl Plan {
+impl Plan<'_> {
     /// What each run does.
     pub fn done(&self) -> Done {
         self.done
@@ -505,6 +522,7 @@ impl Plan {
         let params = Params {
             out: out.layout.at,
             lse: lse.map_or(0, |l| l.device_ptr_mut(stream).0),
+            sinks: self.sinks,
             indptr: self.table.as_ref().map_or(0, |t| t.indptr.device_ptr(stream).0),
             tiles: self.table.as_ref().map_or(0, |t| t.tiles.device_ptr(stream).0),
             counter: self.counter.device_ptr(stream).0,

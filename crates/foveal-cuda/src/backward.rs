@@ -82,8 +82,8 @@ impl Attend<'_> {
         if ![64, 128].contains(&s.d) || s.dv != s.d {
             return refuse("head_dim", format!("{} and {}", s.d, s.dv), "64 or 128 for both; use the CPU kernels");
         }
-        if self.table.is_some() || self.softcap.is_some() {
-            return refuse("table or softcap", "given".into(), "the CUDA kernel has neither; use the CPU kernels");
+        if self.table.is_some() || self.softcap.is_some() || self.sinks.is_some() {
+            return refuse("table, softcap or sinks", "given".into(), "the CUDA kernel has none; use the CPU kernels");
         }
         let mut work = self.work(&s)?;
         // As the CPU counts: rows of k and v, sums for their gradients in and out; rows of queries likewise.

@@ -48,7 +48,7 @@ macro_rules! sources {
         )* }
     };
 }
-sources!(ceiling, attend_sm90, attend_backward_sm90, attend_sm80, attend_rows, decode, recur_sm90);
+sources!(ceiling, attend_sm90, attend_backward_sm90, attend_sm80, attend_rows, decode, recur_sm90, recur_delta,);
 
 impl Spec {
     /// With `NAME=VALUE`.

@@ -139,7 +139,8 @@ impl Device {
         self.stream.alloc_zeros(len.max(1)).during("allocating device memory")
     }
 
-    fn uninit<T: DeviceRepr>(&self, len: usize) -> Result<CudaSlice<T>> {
+    /// Memory in which anything may be.
+    pub(crate) fn uninit<T: DeviceRepr>(&self, len: usize) -> Result<CudaSlice<T>> {
         // SAFETY: device memory of plain numbers, of which any bits are valid.
         unsafe { self.stream.alloc(len.max(1)) }.during("allocating device memory")
     }

@@ -1,10 +1,11 @@
-//! Linear recurrences, forward: the semantics of [`foveal_kernels::recur::Recur`] for identity and scalar decays on
-//! Hopper (`kernels/recur_sm90.cu`). Other gates and devices are refused: the CPU kernels have them.
+//! Linear recurrences, forward: the semantics of [`foveal_kernels::recur::Recur`] for the identity, scalar decays and the
+//! delta rule with and without them, on Hopper (`kernels/recur_sm90.cu`, `kernels/recur_delta.cu`). Other gates and
+//! devices are refused: the CPU kernels have them.
 
 use crate::compile::Spec;
 use crate::device::{Device, Launch, arg};
 use crate::error::{Result, bad};
-use crate::tensor::{Dtype, Tensor, TensorMut};
+use crate::tensor::{Dtype, Layout, Tensor, TensorMut};
 use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 use foveal_kernels::Work;
 
@@ -14,20 +15,55 @@ const CHUNK: usize = 64;
 /// Value channels of a block.
 const COLUMNS: usize = 32;
 /// Chunks that a block holds.
-const STAGES: usize = 5;
+const STAGES: usize = 4;
+
+/// One number a token: (B, heads, T) contiguous, `heads` a divisor of those of the output.
+#[derive(Clone, Copy, Debug)]
+pub struct Rate<'a> {
+    /// The numbers.
+    pub data: &'a CudaSlice<f32>,
+    /// Their heads.
+    pub heads: usize,
+}
 
 /// The transition. Operands may have any number of heads that divides that of the output.
 #[derive(Clone, Copy, Debug)]
 pub enum Gate<'a> {
     /// S_t = S_{t−1} + k vᵀ.
     Identity,
-    /// S_t = e^g S_{t−1} + k vᵀ.
+    /// S_t = e^g S_{t−1} + k vᵀ, g ≤ 0.
     Scalar {
-        /// ≤ 0, (B, heads, T) contiguous.
-        g: &'a CudaSlice<f32>,
-        /// Its heads.
-        heads: usize,
+        /// Log decays.
+        g: Rate<'a>,
     },
+    /// S_t = (I − β k kᵀ) S_{t−1} + β k vᵀ.
+    Delta {
+        /// Strength of writing.
+        beta: Rate<'a>,
+    },
+    /// S_t = e^g (I − β k kᵀ) S_{t−1} + β k vᵀ, g ≤ 0.
+    GatedDelta {
+        /// Log decays.
+        g: Rate<'a>,
+        /// Strength of writing.
+        beta: Rate<'a>,
+    },
+}
+
+impl<'a> Gate<'a> {
+    fn g(&self) -> Option<Rate<'a>> {
+        match *self {
+            Gate::Scalar { g } | Gate::GatedDelta { g, .. } => Some(g),
+            Gate::Identity | Gate::Delta { .. } => None,
+        }
+    }
+
+    fn beta(&self) -> Option<Rate<'a>> {
+        match *self {
+            Gate::Delta { beta } | Gate::GatedDelta { beta, .. } => Some(beta),
+            Gate::Identity | Gate::Scalar { .. } => None,
+        }
+    }
 }
 
 /// A recurrence call.
@@ -57,19 +93,42 @@ struct Params {
     scale: f32,
 }
 
-/// Work of a call: that of the CPU's chunks of 64, with outputs of 16 bits.
-pub fn work([b, h, t]: [usize; 3], d: usize, dv: usize, decay: bool, initial: bool) -> Work {
+#[repr(C)]
+struct Systems {
+    t: u64,
+    k: u64,
+    g: u64,
+    beta: u64,
+    k_steps: [i64; 3],
+    g_steps: [i64; 2],
+    beta_steps: [i64; 2],
+    heads: i32,
+    groups: [i32; 3],
+    tokens: i32,
+    chunks: i32,
+}
+
+/// Work of a call with or without decays and the delta rule, from a given state or not: that of the CPU's chunks of 64,
+/// with outputs of 16 bits.
+pub fn work([b, h, t]: [usize; 3], d: usize, dv: usize, [decay, delta]: [bool; 2], initial: bool) -> Work {
     let mut sum = Work::default();
+    let width = u64::from(decay) + u64::from(delta);
     for from in (0..t).step_by(CHUNK) {
         let n = (t - from).min(CHUNK) as u64;
-        let (d, dv, pairs) = (d as u64, dv as u64, n * (n + 1) / 2);
-        sum += Work {
+        let (d, dv, pairs, strict) = (d as u64, dv as u64, n * (n + 1) / 2, n * (n - 1) / 2);
+        let mut one = Work {
             flops: 2 * d * pairs + 4 * n * d * dv + 2 * pairs * dv,
-            bytes: n * (2 * (2 * d + dv) + 4 * u64::from(decay) + 2 * dv),
+            bytes: n * (2 * (2 * d + dv) + 4 * width + 2 * dv),
             tiles: 1,
             pairs,
             fallback: 0,
         };
+        if delta {
+            // Pairs of keys, what the state says at each, and the system.
+            one.flops += 2 * d * strict + 2 * n * d * dv + 2 * strict * dv;
+            one.pairs += strict;
+        }
+        sum += one;
     }
     // States before and after.
     sum.bytes += 4 * (d * dv) as u64 * (u64::from(initial) + 1);
@@ -123,23 +182,25 @@ impl<'a> Recur<'a> {
             }
             groups[i] = (h / s[1]) as i32;
         }
-        let mut g_steps = [0; 3];
-        if let Gate::Scalar { g, heads } = self.gate {
-            if heads == 0 || !h.is_multiple_of(heads) || g.len() != b * heads * t {
+        let rate = |name, r: Option<Rate>| match r {
+            Some(r) if r.heads == 0 || !h.is_multiple_of(r.heads) || r.data.len() != b * r.heads * t => {
                 let want = format!("{b} x a divisor of {h} x {t}");
-                return bad(OP, "g", format!("{} elements, {heads} heads", g.len()), &want);
+                bad(OP, name, format!("{} elements, {} heads", r.data.len(), r.heads), &want)
             }
-            groups[3] = (h / heads) as i32;
-            g_steps = [(heads * t) as i64, t as i64, 1];
-        }
+            Some(r) => Ok((r.data.device_ptr(device.stream()).0, [r.heads * t, t], h / r.heads)),
+            None => Ok((0, [0, 0], 1)),
+        };
+        let (g, g_steps, g_group) = rate("g", self.gate.g())?;
+        let (beta, beta_steps, beta_group) = rate("beta", self.gate.beta())?;
+        groups[3] = g_group as i32;
         let states = b * h * d * dv;
         for (name, len) in [("initial", initial.map(CudaSlice::len)), ("last", last.as_ref().map(|s| s.len()))] {
             if len.is_some_and(|n| n != states) {
                 return bad(OP, name, format!("{len:?}"), &format!("give {states} elements"));
             }
         }
-        let decay = matches!(self.gate, Gate::Scalar { .. });
-        let work = work([b, h, t], d, dv, decay, initial.is_some());
+        let (decay, delta) = (self.gate.g().is_some(), self.gate.beta().is_some());
+        let work = work([b, h, t], d, dv, [decay, delta], initial.is_some());
         let stream = device.stream();
         if b * h == 0 || t == 0 {
             if let Some(last) = last
@@ -162,8 +223,33 @@ impl<'a> Recur<'a> {
             .with("D", d)
             .with("CLUSTER", cluster)
             .flag("DECAY", decay)
+            .flag("DELTA", delta)
             .flag("F16", out.layout.dtype == Dtype::F16);
         let kernel = device.prepare(&spec, OP)?;
+        let chunks = t.div_ceil(CHUNK);
+        let steps = |s: [usize; 2]| s.map(|x| x as i64);
+        let systems = if delta { Some(device.uninit::<u16>(b * h * chunks * CHUNK * CHUNK)?) } else { None };
+        let at = systems.as_ref().map_or(0, |s| s.device_ptr(stream).0);
+        if delta {
+            let spec =
+                Spec::recur_delta().with("D", d).flag("DECAY", decay).flag("F16", out.layout.dtype == Dtype::F16);
+            let params = Systems {
+                t: at,
+                k: k.layout.at,
+                g,
+                beta,
+                k_steps: k.layout.steps(),
+                g_steps: steps(g_steps),
+                beta_steps: steps(beta_steps),
+                heads: h as i32,
+                groups: [groups[1], g_group as i32, beta_group as i32],
+                tokens: t as i32,
+                chunks: chunks as i32,
+            };
+            let launch = Launch { blocks: [b * h * chunks, 1], threads: 128, shared: 0 };
+            // SAFETY: parameters as the kernel declares them; k and the rates were checked against their memory.
+            unsafe { device.launch("recur_delta", &device.prepare(&spec, "solve")?, launch, &mut [arg(&params)]) }?;
+        }
         let maps = [
             q.layout.map("q", 64, CHUNK / cluster)?,
             k.layout.map("k", 64, CHUNK / cluster)?,
@@ -171,27 +257,31 @@ impl<'a> Recur<'a> {
         ];
         let params = Params {
             out: out.layout.at,
-            g: match self.gate {
-                Gate::Scalar { g, .. } => g.device_ptr(stream).0,
-                Gate::Identity => 0,
-            },
+            g,
             initial: initial.map_or(0, |s| s.device_ptr(stream).0),
             last: last.map_or(0, |s| s.device_ptr_mut(stream).0),
-            g_steps,
+            g_steps: [g_steps[0] as i64, g_steps[1] as i64, 1],
             o_steps: out.layout.steps(),
             heads: h as i32,
             groups,
             t: t as i32,
             dv: dv as i32,
-            chunks: t.div_ceil(CHUNK) as i32,
+            chunks: chunks as i32,
             scale: self.scale,
         };
-        let stage = CHUNK * 2 * (2 * d + COLUMNS);
-        let shared = 1024 + STAGES * stage + 2 * d * COLUMNS * 2 + 2 * CHUNK * COLUMNS * 2;
-        let at = Launch { blocks: [b * h * parts, 1], threads: 512, shared };
-        let mut args = [arg(&maps[0]), arg(&maps[1]), arg(&maps[2]), arg(&params)];
+        let stage = CHUNK * 2 * (2 * d + COLUMNS + if delta { CHUNK } else { 0 });
+        let tile = CHUNK * COLUMNS * 2;
+        let shared = 1024 + STAGES * stage + 2 * d * COLUMNS * 2 + tile * if delta { 5 } else { STAGES };
+        let at_blocks = Launch { blocks: [b * h * parts, 1], threads: 512, shared };
+        let whole = [b, h, chunks * CHUNK, CHUNK];
+        let strides = [h * chunks * CHUNK * CHUNK, chunks * CHUNK * CHUNK, CHUNK];
+        let map_t = Layout { at, dtype: out.layout.dtype, shape: whole, strides };
+        let map_t = if delta { Some(map_t.map("T", CHUNK, CHUNK)?) } else { None };
+        let mut args = vec![arg(&maps[0]), arg(&maps[1]), arg(&maps[2])];
+        args.extend(map_t.as_ref().map(arg));
+        args.push(arg(&params));
         // SAFETY: parameters as the kernel declares them; all views and states were checked against their memory.
-        unsafe { device.launch(OP, &kernel, at, &mut args) }?;
+        unsafe { device.launch(OP, &kernel, at_blocks, &mut args) }?;
         Ok(work)
     }
 }

@@ -45,7 +45,11 @@ pub fn shipped() -> Vec<(Spec, Vec<&'static str>)> {
     for (d, cluster) in [(64, 1), (128, 1), (128, 4)] {
         let recur = Spec::recur_sm90().with("D", d).with("CLUSTER", cluster);
         all.push((recur.clone(), vec!["sm_90a"]));
-        all.push((recur.flag("DECAY", true), vec!["sm_90a"]));
+        all.push((recur.clone().flag("DECAY", true), vec!["sm_90a"]));
+        if cluster == 1 {
+            all.push((recur.flag("DECAY", true).flag("DELTA", true), vec!["sm_90a"]));
+            all.push((Spec::recur_delta().with("D", d).flag("DECAY", true), both()));
+        }
     }
     all
 }

@@ -63,13 +63,17 @@ fn recurrences_count_as_the_cpu_does() {
     let (q, v, g) = (vec![bf16::ZERO; b * h * t * d], vec![bf16::ZERO; b * h * t * dv], vec![0f32; b * h * t]);
     let view = View::contiguous("q", &q, [b, h, t, d]).unwrap();
     let values = View::contiguous("v", &v, [b, h, t, dv]).unwrap();
-    for decay in [false, true] {
-        let g = View::contiguous("g", &g, [b, h, t, 1]).unwrap();
-        let gate = if decay { Gate::Scalar { g } } else { Gate::Identity };
+    let one = View::contiguous("g", &g, [b, h, t, 1]).unwrap();
+    for (gate, rates) in [
+        (Gate::Identity, [false, false]),
+        (Gate::Scalar { g: one }, [true, false]),
+        (Gate::Delta { beta: one }, [false, true]),
+        (Gate::GatedDelta { g: one, beta: one }, [true, true]),
+    ] {
         let mut out = vec![0f32; b * h * t * dv];
         let mut o = ViewMut::contiguous("out", &mut out, [b, h, t, dv]).unwrap();
         let cpu = Recur::new(gate, 1.0).forward(&view, &view, &values, None, &mut o, None).unwrap();
-        let ours = recur_work([b, h, t], d, dv, decay, false);
+        let ours = recur_work([b, h, t], d, dv, rates, false);
         assert_eq!((ours.flops, ours.tiles, ours.pairs), (cpu.flops, cpu.tiles, cpu.pairs));
         assert_eq!(ours.bytes, cpu.bytes - 2 * (b * h * t * dv) as u64);
     }

@@ -54,7 +54,14 @@ pub type Visible<'a> = &'a (dyn Fn(usize, usize, usize) -> bool + Sync);
 
 /// One row (number (b h) tq + i) in f64: the answer, its log-sum-exp, and what plain code in bf16 makes of it (weights
 /// before division and the output rounded).
-fn row(p: &Problem, r: usize, scale: f64, cap: Option<f64>, visible: Visible) -> (Vec<f64>, f64, Vec<f64>) {
+fn row(
+    p: &Problem,
+    r: usize,
+    scale: f64,
+    cap: Option<f64>,
+    sinks: Option<&[f32]>,
+    visible: Visible,
+) -> (Vec<f64>, f64, Vec<f64>) {
     let (bh, i) = (r / p.tq, r % p.tq);
     let kv = bh / p.h * p.hkv + bh % p.h / (p.h / p.hkv);
     let q = &p.q[r * p.d..][..p.d];
@@ -64,12 +71,13 @@ fn row(p: &Problem, r: usize, scale: f64, cap: Option<f64>, visible: Visible) ->
         let x = q.iter().zip(k).map(|(a, b)| a.to_f64() * b.to_f64()).sum::<f64>() * scale;
         s.push((j, cap.map_or(x, |c| c * (x / c).tanh())));
     }
-    let m = s.iter().map(|x| x.1).fold(f64::NEG_INFINITY, f64::max);
+    let sink = sinks.map_or(f64::NEG_INFINITY, |s| s[bh % p.h].into());
+    let m = s.iter().map(|x| x.1).fold(sink, f64::max);
     let (mut out, mut plain) = (vec![0.0; p.dv], vec![0.0; p.dv]);
-    if s.is_empty() {
+    if m == f64::NEG_INFINITY {
         return (out, m, plain);
     }
-    let sum: f64 = s.iter().map(|x| (x.1 - m).exp()).sum();
+    let sum: f64 = s.iter().map(|x| (x.1 - m).exp()).sum::<f64>() + (sink - m).exp();
     for (j, x) in s {
         let w = (x - m).exp();
         let rounded = bf16::from_f64(w).to_f64();
@@ -105,6 +113,7 @@ pub fn judge(
     rows: &[usize],
     scale: f64,
     cap: Option<f64>,
+    sinks: Option<&[f32]>,
     visible: Visible,
 ) -> Verdict {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -115,7 +124,7 @@ pub fn judge(
                 s.spawn(move || {
                     let mut worst = Verdict::default();
                     for &r in rows {
-                        let (want, l, plain) = row(p, r, scale, cap, visible);
+                        let (want, l, plain) = row(p, r, scale, cap, sinks, visible);
                         for c in 0..p.dv {
                             let x = out[r * p.dv + c].to_f64();
                             let e = (x - want[c]).abs();
@@ -147,30 +156,42 @@ pub fn some_rows(n: usize, count: usize, seed: u64) -> Vec<usize> {
     [0, n - 1].into_iter().chain((2..count).map(|_| rng.random_range(0..n))).collect()
 }
 
-/// A recurrence of one head in f64, and the same with what plain bf16 code rounds: states as they are read, decayed
-/// values, the output. q, k (T, D), v (T, Dv), g (T). Returns both outputs and the last state.
+/// A recurrence of one head in f64, and the same with what plain bf16 code rounds: states as they are read, what is
+/// written, the output. q, k (T, D), v (T, Dv), log decays g and strengths beta (T). Returns both outputs; `state`
+/// becomes the last one.
 pub fn recur(
-    q: &[bf16],
-    k: &[bf16],
-    v: &[bf16],
-    g: Option<&[f32]>,
+    [q, k, v]: [&[bf16]; 3],
+    [g, beta]: [Option<&[f32]>; 2],
     [t, d, dv]: [usize; 3],
     scale: f64,
     state: &mut [f64],
 ) -> (Vec<f64>, Vec<f64>) {
-    let (mut out, mut plain) = (vec![0.0; t * dv], vec![0.0; t * dv]);
-    let round = |x: f64| bf16::from_f64(x).to_f64();
-    for i in 0..t {
-        let by = g.map_or(1.0, |g| f64::from(g[i]).exp());
-        for a in 0..d {
-            for c in 0..dv {
-                let s = &mut state[a * dv + c];
-                *s = *s * by + k[i * d + a].to_f64() * v[i * dv + c].to_f64();
-                out[i * dv + c] += scale * q[i * d + a].to_f64() * *s;
-                plain[i * dv + c] += scale * q[i * d + a].to_f64() * round(*s);
+    let first = state.to_vec();
+    let walk = |state: &mut [f64], round: &dyn Fn(f64) -> f64| {
+        let mut out = vec![0.0; t * dv];
+        for i in 0..t {
+            let by = g.map_or(1.0, |g| f64::from(g[i]).exp());
+            let row = |x: &[bf16], a: usize| x[i * d + a].to_f64();
+            let mut write: Vec<f64> = v[i * dv..(i + 1) * dv].iter().map(|x| x.to_f64()).collect();
+            if let Some(beta) = beta {
+                for (c, w) in write.iter_mut().enumerate() {
+                    let said: f64 = (0..d).map(|a| row(k, a) * round(state[a * dv + c])).sum();
+                    *w = round(f64::from(beta[i]) * (*w - by * said));
+                }
+            }
+            for a in 0..d {
+                for c in 0..dv {
+                    let s = &mut state[a * dv + c];
+                    *s = *s * by + row(k, a) * write[c];
+                    out[i * dv + c] += scale * row(q, a) * round(*s);
+                }
             }
         }
-    }
-    plain.iter_mut().for_each(|x| *x = round(*x));
+        out
+    };
+    let rounded = |x: f64| bf16::from_f64(x).to_f64();
+    let out = walk(state, &|x| x);
+    let mut plain = walk(&mut first.clone(), &rounded);
+    plain.iter_mut().for_each(|x| *x = rounded(*x));
     (out, plain)
 }
