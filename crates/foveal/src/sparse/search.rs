@@ -114,7 +114,8 @@ pub fn cheapest(judged: &[Judged], max_error: f64) -> Option<usize> {
 /// at most `budget`. `judged[length][head][candidate]`, as many candidates everywhere.
 ///
 /// Starts with every head's cheapest candidate and takes, one at a time, the change that buys most error for its cost
-/// and still fits: the greedy solution of the multiple-choice knapsack, at most one change of one head away from its bound.
+/// and still fits: the greedy solution of the multiple-choice knapsack, which among the candidates on
+/// each head's lower convex hull is within one change of one head of the best.
 /// Where even the cheapest do not fit they are the answer.
 pub fn assign(judged: &[Vec<Vec<Judged>>], budget: f64) -> Vec<usize> {
     let heads = judged.first().map_or(0, Vec::len);

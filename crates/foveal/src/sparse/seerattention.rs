@@ -556,6 +556,10 @@ pub const CARD: Card = Card {
          covered.",
         "Without gates or learn = true the estimate is mean(q)·mean(k) of rotated rows, which nobody proposed under \
          this name: it is what a trained gate is compared with.",
+        "`foveal tune gates` on SmolLM2-135M, 14 pieces of 1,024 tokens, 100 steps: share of held-out attention in 2, 4 and 8 of \
+         up to 16 blocks .678, .831, .942; before training .477, .615, .770; first and nearest blocks .685, .816, .889; the \
+         best there is .708, .853, .952. Perplexity at 2,048 tokens, dense 18.3: topk=8 with these gates 21.4, without 37.7; \
+         topk=4 26.3 and 60.4.",
     ],
     params: params_of::<SeerAttention>,
     build,
