@@ -22,11 +22,10 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::Normalizer;
-use super::ahead::Ahead;
 use super::amx_sigmoid::visit_sigmoid;
 use super::drive::{Call, Scratch};
-use super::packed::{Keys, Packed, Shelf, pack_keys, pack_values};
-use super::scope::{Listed, Source};
+use super::packed::{Keys, Shelf, pack_keys, pack_values};
+use super::scope::Source;
 use super::strip::{Finish, MAX_STRIP, NO_MAX};
 use crate::amx::Tiles;
 use crate::exp::LOG2_E;
@@ -192,8 +191,6 @@ pub(super) struct Visit {
     pub(super) o: *mut f32,
     m: *mut f32,
     l: *mut f32,
-    /// What to fetch meanwhile.
-    ahead: *mut Ahead,
 }
 
 /// 2^96: most that sums of weights may be while references stay, so that products with values stay below 2^128.
@@ -459,7 +456,6 @@ unsafe fn quick<const NV: usize>(t: &Visit) -> bool {
     for j in 0..t.nk.div_ceil(CHUNK) {
         let s = t.s.add((KEYS / 2 + j % 2 * CHUNK) * NV * 16);
         scores::<NV>(t, j, s.cast());
-        (*t.ahead).turn();
         let nk = (t.nk - CHUNK * j).min(CHUNK);
         bend::<NV>(t, CHUNK * j, nk, s);
         no_keys::<NV>(s, nk);
@@ -559,44 +555,6 @@ impl Call<'_, bf16> {
         Some(Shelf::new(tasks, tk, self.q.shape[3].next_multiple_of(32), dv.div_ceil(16)))
     }
 
-    /// Have the keys of a tile fetched: packed ones as they are, others as rows.
-    fn fetch_tile(&self, ahead: &mut Ahead, packed: Option<&Packed>, [bi, kh]: [usize; 2], keys: &[u32]) {
-        let (d, dv) = (2 * self.k.shape[3], 2 * self.v.shape[3]);
-        for chunk in keys.chunks(CHUNK) {
-            let (first, last) = (chunk[0] as usize, chunk[chunk.len() - 1] as usize);
-            let there = packed.filter(|_| first.is_multiple_of(CHUNK)).and_then(|p| p.peek(first / CHUNK));
-            if let Some((at, bytes)) = there {
-                ahead.add(at, bytes, 1, 0, false);
-            } else if last - first + 1 == chunk.len() {
-                ahead.add(self.k.row(bi, kh, first).as_ptr().cast(), d, chunk.len(), 2 * self.k.strides[2], false);
-                ahead.add(self.v.row(bi, kh, first).as_ptr().cast(), dv, chunk.len(), 2 * self.v.strides[2], false);
-            } else {
-                for &j in chunk {
-                    ahead.add(self.k.row(bi, kh, j as usize).as_ptr().cast(), d, 1, 0, false);
-                    ahead.add(self.v.row(bi, kh, j as usize).as_ptr().cast(), dv, 1, 0, false);
-                }
-            }
-        }
-    }
-
-    /// List what the next task visits and have its first tile fetched. `packed` are keys of the batch and K/V head `here`.
-    fn fetch_task(
-        &self,
-        ahead: &mut Ahead,
-        listed: &mut Listed,
-        packed: Option<&Packed>,
-        here: [usize; 2],
-        (bh, rows): (usize, &Range<usize>),
-    ) -> Work {
-        let h = self.q.shape[1];
-        let there = [bh / h, bh % h / (h / self.k.shape[1])];
-        let q = self.q.row(bh / h, bh % h, rows.start).as_ptr().cast();
-        ahead.add(q, 2 * self.q.shape[3], rows.len(), 2 * self.q.strides[2], false);
-        let work = self.list(listed, bh, rows);
-        self.fetch_tile(ahead, packed.filter(|_| here == there), there, &listed.keys[..listed.keys.len().min(KEYS)]);
-        work
-    }
-
     /// As `rows`, on tiles.
     ///
     /// # Safety
@@ -606,13 +564,7 @@ impl Call<'_, bf16> {
         let (bi, hi) = (bh / h, bh % h);
         let kh = hi / (h / self.k.shape[1]);
         let (d, dv, tk) = (self.q.shape[3], self.v.shape[3], self.k.shape[2]);
-        let work = match s.ahead_work.take() {
-            Some((other, of, work)) if (other, &of) == (bh, &rows) => {
-                std::mem::swap(&mut s.listed, &mut s.listed_ahead);
-                work
-            }
-            _ => self.list(&mut s.listed, bh, &rows),
-        };
+        let work = self.list(&mut s.listed, bh, &rows);
 
         let n = rows.len();
         let padded = n.next_multiple_of(16);
@@ -653,6 +605,10 @@ impl Call<'_, bf16> {
         std::slice::from_raw_parts_mut(stat.add(n), padded - n).fill(0.0);
         std::slice::from_raw_parts_mut(stat.add(padded), padded).fill(0.0);
 
+        // Output rows come to the cache while the last products run: at least so many a visit.
+        let mut to_come = s.listed.keys.len().div_ceil(KEYS) * n.div_ceil(STRIP);
+        let at_once = n.div_ceil(to_come.max(1)).max(4);
+        let mut fetched = 0;
         let tiles = Tiles::new();
         for at in (0..s.listed.keys.len()).step_by(KEYS) {
             let keys = &s.listed.keys[at..(at + KEYS).min(s.listed.keys.len())];
@@ -694,31 +650,17 @@ impl Call<'_, bf16> {
                     }
                 };
             }
-            s.ahead.clear();
-            // Tasks of more queries read what they fetch often enough.
-            if n <= 4 * STRIP {
-                if at == 0 {
-                    let out = self.out.row_mut(bi, hi, rows.start).as_mut_ptr();
-                    let step = if n > 1 {
-                        self.out.row_mut(bi, hi, rows.start + 1).as_mut_ptr().addr() - out.addr()
-                    } else {
-                        0
-                    };
-                    s.ahead.add(out.cast(), 4 * dv, n, step, true);
-                }
-                let rest = &s.listed.keys[at + nk..];
-                if !rest.is_empty() {
-                    self.fetch_tile(&mut s.ahead, s.packed.as_deref(), [bi, kh], &rest[..rest.len().min(KEYS)]);
-                } else if let Some((bh, rows)) = s.upcoming.take() {
-                    let packed = s.packed.as_deref();
-                    let work = self.fetch_task(&mut s.ahead, &mut s.listed_ahead, packed, [bi, kh], (bh, &rows));
-                    s.ahead_work = Some((bh, rows, work));
-                }
-            }
-            s.ahead.spread(nk.div_ceil(CHUNK) * n.div_ceil(STRIP));
             for i in (0..n).step_by(STRIP) {
                 let (b, w) = strip(i);
                 let of = rows.start + i..rows.start + b;
+                to_come -= 1;
+                while fetched + to_come * at_once < n {
+                    let row = self.out.row_mut(bi, hi, rows.start + fetched);
+                    for line in row.chunks(LINE / 4) {
+                        _mm_prefetch::<_MM_HINT_ET0>(line.as_ptr().cast());
+                    }
+                    fetched += 1;
+                }
                 // Whole chunks of Vᵀ; what that adds at either end is masked.
                 let marks = s.listed.marks_of(at, nk);
                 let Some(seen) = self.scope.part(&mut s.masks, keys, marks, &of, i, CHUNK) else { continue };
@@ -742,7 +684,6 @@ impl Call<'_, bf16> {
                     o: o.add(i * dv_rows),
                     m: stat.add(i),
                     l: stat.add(padded + i),
-                    ahead: &raw mut s.ahead,
                 });
             }
         }

@@ -66,13 +66,6 @@ pub(super) struct Scratch {
     /// Of the task's K/V head, on tiles.
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     pub(super) packed: Option<std::sync::Arc<super::packed::Packed>>,
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    pub(super) ahead: super::ahead::Ahead,
-    /// Head and queries that this worker takes up after its task, if known.
-    pub(super) upcoming: Option<(usize, Range<usize>)>,
-    /// What those visit once it was listed, and the work of it.
-    pub(super) listed_ahead: Listed,
-    pub(super) ahead_work: Option<(usize, Range<usize>, Work)>,
 }
 
 /// One call, or one sequence of a ragged one, shared by its tasks.
@@ -180,25 +173,11 @@ pub(crate) fn run<T: Element>(
                 v_rows: [null(); KEY_TILE + KEY_PAD],
                 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
                 packed: None,
-                #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-                ahead: super::ahead::Ahead::default(),
-                upcoming: None,
-                listed_ahead: Listed::default(),
-                ahead_work: None,
             };
             let mut work = Work::default();
-            let mut upcoming = next(worker);
-            while let Some(task) = upcoming {
+            while let Some(task) = next(worker) {
                 let call = &calls[task.sequence];
                 let block = call.scope.source.block(task.bh);
-                // Known ahead where that does not leave another thread without.
-                upcoming = if tasks.len() >= 64 * threads { next(worker) } else { None };
-                let alone = |u: &&Task| u.sequence == task.sequence && block >= WORK_TILE;
-                scratch.upcoming = upcoming.filter(alone).map(|u| {
-                    let block = call.scope.source.block(u.bh);
-                    let end = (u.rows.start / block + 1).saturating_mul(block).min(u.rows.end);
-                    (u.bh, u.rows.start..end)
-                });
                 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
                 if let Some(shelf) = &call.shelf {
                     scratch.packed = Some(shelf.open(task.bh / group));
@@ -213,7 +192,6 @@ pub(crate) fn run<T: Element>(
                 if let (Some(shelf), Some(room)) = (&call.shelf, scratch.packed.take()) {
                     shelf.close(task.bh / group, room);
                 }
-                upcoming = upcoming.or_else(|| next(worker));
             }
             work
         })

@@ -6,8 +6,6 @@
 //! many calls as it has sequences, whose tasks are done together.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-mod ahead;
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx_sigmoid;

@@ -78,12 +78,6 @@ impl Packed {
         Self { tiles: room.as_mut_ptr().cast(), _room: room, state, dp, k_bytes, bytes }
     }
 
-    /// Where K and Vᵀ of the 32 keys `chunk` lie, and their bytes, if they were packed.
-    pub(super) fn peek(&self, chunk: usize) -> Option<(*const u8, usize)> {
-        let there = self.state[chunk].load(Ordering::Relaxed) == READY;
-        there.then(|| (self.tiles.wrapping_add(chunk * self.bytes).cast_const(), self.bytes))
-    }
-
     /// K and Vᵀ of the 32 keys `chunk`, for which `pack` is called if nobody packed them yet.
     pub(super) fn get(&self, chunk: usize, pack: impl FnOnce(*mut u8, *mut u8)) -> (Keys, *const u8) {
         let state = &self.state[chunk];
