@@ -1,7 +1,7 @@
 //! SeerAttention's gates for a pretrained model: taught by the model's own attention, the model left as it is.
 //!
 //! The loss of a gate needs nothing of a prompt but pooled rows and the block maxima of its true attention. One
-//! pass of the model over each piece of text leaves those behind ([`Lessons`]), a few megabytes a piece; the gates of
+//! pass of the model over each piece of text leaves those behind (`Lessons`), a few megabytes a piece; the gates of
 //! each layer are then fitted to them by themselves, over and over, without the model.
 
 use crate::error::{Result, TuneError, setting};

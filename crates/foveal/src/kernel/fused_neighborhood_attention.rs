@@ -6,7 +6,7 @@
 //! matrix of weights is ever stored. Exact: the result is attention under the window's mask.
 //!
 //! Here a tile is up to 64 queries put next to one another, the union a list of keys with a bit a query each, and the
-//! kernel that of [`crate::prim::attend`]. Work per tile: 64·Π(tile + w − 1) pairs at most, against 64·T of dense.
+//! kernel that of [`crate::prim::attend()`]. Work per tile: 64·Π(tile + w − 1) pairs at most, against 64·T of dense.
 
 use crate::error::Result;
 use crate::sparse::axes::{Axis, Sides};
