@@ -126,7 +126,7 @@ impl Axis {
 /// Rows of queries that the kernels take together.
 const LANES: usize = 16;
 
-/// The tile with which the kernels compute the fewest pairs; a key of a tile costs as much again as 64 queries do.
+/// The tile with which the kernels compute the fewest pairs; a key of a tile costs as much again as 16 queries do.
 pub fn best_tile(axes: &[Axis; 3]) -> [usize; 3] {
     let costs = axes.each_ref().map(|a| a.sides().into_iter().map(|s| (s, a.visits(s) as f64)).collect::<Vec<_>>());
     let mut best = (f64::INFINITY, [1; 3]);
