@@ -203,9 +203,9 @@ impl Domain {
     }
 }
 
-/// What one head visits: blocks, single keys, or both. The two parts must not share a
-/// (query, key) pair: their results are merged by log-sum-exp. Of a causal problem a selection may name
-/// keys later than a query: the kernels leave them out.
+/// What one head visits: blocks, single keys, or both. No (query, key) pair should be in both parts: attention counts it
+/// once, [`mask::pairs`] twice. Of a causal problem a selection may name keys later than a query: the kernels leave
+/// them out.
 ///
 /// Where an order is given, tables and lists count places of that order instead of tokens, so that tokens far from
 /// one another in memory share a block. [`crate::prim::attend_selected`] puts rows in order before and back after;
