@@ -132,7 +132,8 @@ impl Vmoba {
 
 /// The last pair that is kept, pairs in falling order of value and then in their own: (value, index). None: keep none.
 ///
-/// `values` are from 0 to 1, NaN where they do not take part. Their sum is at least `goal` or all are kept.
+/// `values` are from 0 to 1, NaN where they do not take part. Their sum is at least `goal`; where it cannot be, what is
+/// returned is past the last pair.
 fn cut(values: &[f32], goal: f64) -> Option<(f32, usize)> {
     if goal <= 0.0 {
         return None;
@@ -279,7 +280,8 @@ mod tests {
         assert_eq!(cut(&x, 1.2), Some((0.5, 0)));
         assert_eq!(cut(&x, 1.9), Some((0.5, 3)));
         assert_eq!(cut(&x, 2.6), Some((0.25, 1)));
-        assert_eq!(cut(&x, 9.0), Some((0.25, 1)));
+        // Out of reach: past the last pair, so that all are kept.
+        assert_eq!(cut(&x, 9.0), Some((f32::NEG_INFINITY, usize::MAX)));
     }
 
     #[test]
